@@ -1,0 +1,43 @@
+"""Every error that is the user's to mend; each message says what, where, expected, found, and the next step."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KarmmaError(Exception):
+    """Base of all errors that the command line shows as one line, without a traceback."""
+
+
+class ConfigError(KarmmaError, ValueError):
+    """A preset, option, TOML field or value that does not exist or does not fit."""
+
+
+class TableError(KarmmaError, ValueError):
+    """A clip table that cannot be used as it stands."""
+
+
+class MediaError(KarmmaError, OSError):
+    """A media file that cannot be read; it makes one modality of one clip `failed`."""
+
+
+class CacheError(KarmmaError, OSError):
+    """A cache that is damaged, read-only or missing what was asked for."""
+
+
+class StaleCacheError(CacheError):
+    """A cache made under other settings than the ones asked for."""
+
+
+class IncompleteCacheError(CacheError, LookupError):
+    """A cache with rows that were never written, or that failed."""
+
+
+class RunError(KarmmaError):
+    """A run folder that is missing, unfinished or made for something else."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error line: the nearest known name, or all of them."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
