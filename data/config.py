@@ -1,19 +1,13 @@
-"""Settings: default < preset < TOML < option; the source of every default; all errors said at once."""
+"""Settings of the data room, and how every stage declares its own: each default says where it comes from."""
 
 import hashlib
 import json
-import tomllib
-from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from .errors import ConfigError, nearest
-from .modality import MODALITIES, in_order
-
-PRESETS = ("tiny", "paper")
+from .modality import in_order
 
 
 class StageConfig(BaseModel):
@@ -36,6 +30,8 @@ class DataConfig(StageConfig):
     """Which clips, and what a model sees of one: the same for teacher and student, so that views can be replayed."""
 
     table: Path | None = ours(None, "clip table (CSV); without one the sample data is used", "needed for own data")
+    cache: Path = ours(Path("cache"), "folder of the cache", "README")
+    runs: Path = ours(Path("runs"), "folder that gets one folder a run", "README")
     heads: tuple[str, ...] = paper(("verb", "noun"), "label columns of the table, one classifier each", "sec. 3.1")
     modalities: tuple[str, ...] = paper(("video", "flow", "audio"), "modalities in use", "sec. 4, Epic-Kitchens")
     frames: int = ours(32, "time steps T of every modality", "reference configuration of the published GFLOPs", ge=2)
@@ -89,64 +85,3 @@ def digest(value: Any) -> str:
     """Return 16 hex digits that stand for a JSON value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a settings file; raise ConfigError with the line if it is missing or malformed."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such settings file. Name one with --config, or leave it out.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}. Correct it and run again.") from None
-
-
-def read_preset(name: str) -> dict[str, Any]:
-    """Read one of the presets that come with the package."""
-    if name not in PRESETS:
-        raise ConfigError(f"Unknown preset {name!r}. {nearest(name, PRESETS)}")
-    return tomllib.loads((resources.files(__package__) / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay `over` on `base`, table by table."""
-    out = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = _merged(out[key], value) if both else value
-    return out
-
-
-def resolve(models: Mapping[str, type[StageConfig]], *layers: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge named layers of settings, the later one winning, and validate every section.
-
-    models: section name -> its model.  layers: (where it comes from, {section: {field: value}}).
-    Returns section -> model instance.  Raises one ConfigError that lists every unknown name and unfit value.
-    """
-    merged: dict[str, Any] = {}
-    wrong: list[str] = []
-    for where, layer in layers:
-        for section in set(layer) - set(models):
-            wrong.append(f"{where}: unknown section [{section}]. {nearest(section, models)}")
-        merged = _merged(merged, {name: value for name, value in layer.items() if name in models})
-    out = {}
-    for section, model in models.items():
-        try:
-            out[section] = model.model_validate(merged.get(section, {}))
-        except ValidationError as error:
-            wrong += [_said(section, model, layers, item) for item in error.errors()]
-    if wrong:
-        raise ConfigError("  ".join(wrong))
-    return out
-
-
-def _said(section: str, model: type[StageConfig], layers: tuple[tuple[str, Mapping], ...], item: Any) -> str:
-    """Turn one pydantic error into a line that names the layer, the field, the value and the next step."""
-    path = [str(part) for part in item["loc"]]
-    where = [name for name, layer in layers if path[0] in layer.get(section, {})] or ["settings"]
-    field = ".".join([section, *path])
-    if item["type"] == "extra_forbidden":
-        known = model.model_fields if len(path) == 1 else MODALITIES if len(path) == 2 else ()
-        return f"{where[-1]}: unknown option {field}. {nearest(path[-1], known)}"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{where[-1]}: {field} = {item['input']!r}: {message}."

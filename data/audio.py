@@ -1,0 +1,170 @@
+"""Audio: the sound around each moment of a clip as log-mel spectrograms.
+
+Step j of a spectrogram is a window centred on a whole number of hops from the clock's zero; the `audio_steps` steps
+around a moment are centred on it to within half a hop.  So neighbouring segments share their windows, and each is
+computed once.  Windows see the real sound on both sides of a segment; only beyond the true ends of the recording, and
+in holes between time stamps, is there silence.
+"""
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .config import DataConfig
+from .errors import ConfigError, MediaError
+from .media import Media
+
+if TYPE_CHECKING:
+    import av
+
+# Decoders need some sound before the first exact sample (MP3's bit reservoir, AAC's overlap).
+PREROLL_S = 0.25
+# Time stamps jitter by less than this (WebM rounds to milliseconds); a larger step is a hole in the sound.
+HOLE_S = 0.1
+FLOOR = 1e-10
+# PyAV (seen in 18.1) counts a plane too many from eight on, and reading it ends the process.
+CRASHING_PLANES = 8
+
+
+def read_audio(media: Media, times: np.ndarray, span: tuple[float, float], data: DataConfig) -> np.ndarray:
+    """Return the log-mel spectrogram around each time, float32 [T, mels, steps], log10 of power.
+
+    times, span (start and stop of the clip): seconds on the file's clock.
+    Raises MediaError if the file has a sound track of which no sample lies within the clip, or decoding breaks off;
+    ConfigError if the audio settings do not fit each other.
+    """
+    _check(data)
+    columns = _columns(times, data)
+    reach = _fft_size(data.audio_rate, data.audio_window, data.audio_mels) // 2
+    first, last = int(columns[0, 0]) * data.audio_hop - reach, int(columns[-1, -1]) * data.audio_hop + reach
+    samples = read_samples(media, (first, last), span, data.audio_rate)
+    unique, place = np.unique(columns, return_inverse=True)
+    spectrogram = log_mel(samples, unique * data.audio_hop - first, data)
+    return np.ascontiguousarray(spectrogram[place.reshape(columns.shape)].transpose(0, 2, 1))  # [T, mels, steps]
+
+
+def _check(data: DataConfig) -> None:
+    wanted, found = data.audio_segment_s * data.audio_rate, data.audio_steps * data.audio_hop
+    if abs(wanted - found) > data.audio_hop:
+        raise ConfigError(
+            f"data: audio_steps x audio_hop = {found} samples, audio_segment_s x audio_rate = {wanted:.0f}; "
+            f"they must agree within one hop. Set audio_steps = {round(wanted / data.audio_hop)}."
+        )
+
+
+def _columns(times: np.ndarray, data: DataConfig) -> np.ndarray:
+    """Return the numbers of the hops on which the windows of each segment are centred, int64 [T, steps], ascending."""
+    first = np.rint(times * data.audio_rate / data.audio_hop - (data.audio_steps - 1) / 2).astype(np.int64)
+    return first[:, None] + np.arange(data.audio_steps)
+
+
+def read_samples(media: Media, wanted: tuple[int, int], span: tuple[float, float], rate: int) -> np.ndarray:
+    """Decode samples wanted[0]..wanted[1] (numbered from the clock's zero) at `rate`, mono float32, about -1..1."""
+    out = np.zeros(wanted[1] - wanted[0], np.float32)
+    heard = np.zeros(len(out), bool)
+    for start_s, frames in _runs(media, wanted[0] / rate, wanted[1] / rate):
+        sound = _resampled(media, frames, rate)
+        begin = round(start_s * rate) - wanted[0]
+        low, high = max(begin, 0), min(begin + len(sound), len(out))
+        if low < high:
+            out[low:high] = sound[low - begin : high - begin]
+            heard[low:high] = True
+    if media.broken:
+        raise MediaError(f"{media.path}: decoding of the sound breaks off: {media.broken}. Fetch the file again.")
+    clip = slice(max(0, round(span[0] * rate) - wanted[0]), max(0, round(span[1] * rate) - wanted[0]))
+    if not heard[clip].any():
+        raise MediaError(
+            f"{media.path}: has a sound track, but no sample between {span[0]:.3f} and {span[1]:.3f} s. "
+            "Correct start_s and stop_s, or leave the cell of its audio column empty."
+        )
+    if not np.isfinite(out).all():
+        raise MediaError(f"{media.path}: the sound holds values that are not finite. Convert the file again.")
+    return out
+
+
+def _runs(media: Media, from_s: float, to_s: float) -> list[tuple[float, list["av.AudioFrame"]]]:
+    """Decode the frames from a little before `from_s` up to `to_s`, cut into runs where the time stamps jump."""
+    runs: list[tuple[float, list[av.AudioFrame]]] = []
+    due = 0.0
+    for time, frame in media.decode(media.sound, from_s - PREROLL_S):
+        if not runs or abs(time - due) > HOLE_S:
+            runs.append((time, []))
+            due = time
+        runs[-1][1].append(frame)
+        due += frame.samples / frame.sample_rate
+        if time > to_s + HOLE_S:
+            break
+    return runs
+
+
+def _resampled(media: Media, frames: list["av.AudioFrame"], rate: int) -> np.ndarray:
+    """Return a run of frames as mono float32 at `rate`, resampled in one piece; channels are averaged."""
+    import av
+
+    first = frames[0]
+    kinds = {(frame.format.name, frame.layout.name, frame.sample_rate) for frame in frames}
+    if len(kinds) > 1:
+        raise MediaError(f"{media.path}: the sound changes its form midway ({sorted(kinds)}). Convert the file.")
+    channels = first.layout.nb_channels
+    # The layout stays: FFmpeg's own mixing to mono would make equal channels louder than one of them.
+    resampler = av.AudioResampler(format="flt", layout=first.layout.name, rate=rate)
+    given = [_joined(frames)] if channels < CRASHING_PLANES else frames
+    pieces = [piece.to_ndarray() for frame in (*given, None) for piece in resampler.resample(frame)]
+    packed = np.concatenate(pieces, axis=1) if pieces else np.zeros((1, 0), np.float32)
+    return packed.reshape(-1, channels).mean(axis=1)  # [n]
+
+
+def _joined(frames: list["av.AudioFrame"]) -> "av.AudioFrame":
+    """Return a run of frames as one, which resamples twice as fast."""
+    import av
+
+    first = frames[0]
+    samples = np.concatenate([frame.to_ndarray() for frame in frames], axis=1)
+    whole = av.AudioFrame.from_ndarray(samples, format=first.format.name, layout=first.layout.name)
+    whole.sample_rate = first.sample_rate
+    return whole
+
+
+def log_mel(samples: np.ndarray, centers: np.ndarray, data: DataConfig) -> np.ndarray:
+    """Return log10 of the mel power in a periodic Hann window around each centre, float32 [n, mels], at least -10.
+
+    The transform is the shortest power of two that holds the window and leaves no mel bin empty.
+    """
+    n_fft = _fft_size(data.audio_rate, data.audio_window, data.audio_mels)
+    # Only the part of each frame under the window counts; the transform pads it with zeros, which power ignores.
+    begins = centers - n_fft // 2 + (n_fft - data.audio_window) // 2
+    frames = np.lib.stride_tricks.sliding_window_view(samples, data.audio_window)[begins]  # [n, window]
+    hann = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(data.audio_window) / data.audio_window)).astype(np.float32)
+    spectrum = np.fft.rfft(frames * hann, n_fft)  # [n, n_fft // 2 + 1]
+    power = spectrum.real**2 + spectrum.imag**2
+    mels = power.astype(np.float32) @ mel_filters(data.audio_rate, n_fft, data.audio_mels).T
+    return np.log10(np.maximum(mels, np.float32(FLOOR)))
+
+
+@lru_cache(maxsize=8)
+def _fft_size(rate: int, window: int, n_mels: int) -> int:
+    n_fft = 1 << (window - 1).bit_length()
+    while not mel_filters(rate, n_fft, n_mels).any(axis=1).all():
+        n_fft *= 2
+    return n_fft
+
+
+@lru_cache(maxsize=8)
+def mel_filters(rate: int, n_fft: int, n_mels: int) -> np.ndarray:
+    """Return triangular filters of equal area from 0 to rate / 2, float32 [n_mels, n_fft // 2 + 1].
+
+    Source: Slaney's Auditory Toolbox: 200/3 Hz a mel below 1000 Hz, 27 steps per factor 6.4 above.
+    """
+    knee_hz, hz_per_mel, log_step = 1000.0, 200 / 3, np.log(6.4) / 27
+    knee, top_hz = knee_hz / hz_per_mel, rate / 2
+    top = top_hz / hz_per_mel if top_hz < knee_hz else knee + np.log(top_hz / knee_hz) / log_step
+    mel = np.linspace(0, top, n_mels + 2)
+    edges = np.where(mel < knee, mel * hz_per_mel, knee_hz * np.exp(log_step * (mel - knee)))
+    bins = np.arange(n_fft // 2 + 1) * rate / n_fft
+    widths = np.array([high - low for low, high in pairwise(edges)])
+    rising = (bins - edges[:-2, None]) / widths[:-1, None]
+    falling = (edges[2:, None] - bins) / widths[1:, None]
+    filters = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+    return filters.astype(np.float32)

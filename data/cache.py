@@ -1,0 +1,163 @@
+"""The cache folder: its own row order, the stores it holds, and the receipts that say which shards exist."""
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .annotations import ClipTable
+from .config import digest
+from .errors import CacheError, IncompleteCacheError
+from .modality import FAILED
+from .publish import publish, publish_json, read_json
+
+
+class Cache:
+    """A cache folder (design.md section 4): `clips.parquet`, `tokens/`, `logits/`, `receipts/`."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._rows_file = self.path / "clips.parquet"
+        self._read_rows()
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Cache":
+        """Open a cache that must be there already; raises CacheError if it is not."""
+        if not (Path(path) / "clips.parquet").exists():
+            raise CacheError(f"{path}: no cache here. Run karmma extract --cache {path} first.")
+        return cls(path)
+
+    def _read_rows(self) -> None:
+        held = pq.read_table(self._rows_file).to_pydict() if self._rows_file.exists() else {}
+        self.clip_ids: list[str] = held.get("clip_id", [])
+        self.sources: list[str] = held.get("sources", [])
+        self.labels: list[str] = held.get("labels", [])
+        self._row_of = {clip_id: row for row, clip_id in enumerate(self.clip_ids)}
+
+    @property
+    def n_clips(self) -> int:
+        """Rows of the cache, clips that left the table included."""
+        return len(self.clip_ids)
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Hold the lock under which rows are added and arrays are resized."""
+        folder = self.path / "leases"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / "planner.lock", "w")
+        except OSError as error:
+            raise CacheError(f"{folder}: {error.strerror}. Choose a folder that can be written.") from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def add_clips(self, table: ClipTable) -> list[str]:
+        """Give every clip of the table a row, new ones at the end; return what changed since the last snapshot.
+
+        A clip whose source or times changed keeps its row; its shards are then found stale by their receipts.
+        """
+        labels = table.snapshot()
+        with self.planning():
+            self._read_rows()
+            said, changed = [], False
+            for at, clip_id in enumerate(table.clip_ids):
+                source, label = json.dumps(table.sources(at)), labels[at]
+                row = self._row_of.get(clip_id)
+                if row is None:
+                    self._row_of[clip_id] = len(self.clip_ids)
+                    self.clip_ids.append(clip_id)
+                    self.sources.append(source)
+                    self.labels.append(label)
+                    changed = True
+                    continue
+                if self.sources[row] != source:
+                    said.append(f"{clip_id}: source or times changed; it is extracted again")
+                if self.labels[row] != label:
+                    said.append(f"{clip_id}: labels were {self.labels[row]}, are {label}")
+                changed |= self.sources[row] != source or self.labels[row] != label
+                self.sources[row], self.labels[row] = source, label
+            if changed:
+                self._write_rows()
+        return said
+
+    def _write_rows(self) -> None:
+        sink = pa.BufferOutputStream()
+        columns = {"clip_id": self.clip_ids, "sources": self.sources, "labels": self.labels}
+        pq.write_table(pa.table(columns), sink)
+        publish(self._rows_file, sink.getvalue().to_pybytes())
+
+    def rows(self, clip_ids: Sequence[str]) -> np.ndarray:
+        """Return the cache's row [n] of each clip; raises IncompleteCacheError naming clips it has never seen."""
+        unknown = [clip_id for clip_id in clip_ids if clip_id not in self._row_of]
+        if unknown:
+            raise IncompleteCacheError(
+                f"{self.path}: {len(unknown)} clip(s) of the table are not in the cache, such as "
+                f"{unknown[0]!r}. Run karmma extract again."
+            )
+        return np.array([self._row_of[clip_id] for clip_id in clip_ids], np.int64)
+
+    def row_digests(self) -> list[str]:
+        """Return for every row what a receipt records of it: a digest of clip id, sources and times."""
+        return [digest(source)[:8] for source in self.sources]
+
+    # Stores and receipts ------------------------------------------------------------------------------------------
+
+    def tokens_path(self, modality: str, name: str) -> Path:
+        """Return where the token store with the identity digest `name` lies."""
+        return self.path / "tokens" / modality / f"{name}.zarr"
+
+    def logits_path(self, teacher: str) -> Path:
+        """Return where the logits of a teacher digest lie."""
+        return self.path / "logits" / f"{teacher}.zarr"
+
+    def receipts(self, modality: str, name: str) -> Path:
+        """Return the folder of a token store's receipts and its `identity.json`."""
+        return self.path / "receipts" / "tokens" / modality / name
+
+    def identities(self, modality: str) -> dict[str, dict[str, Any]]:
+        """Return the identity of every token store of a modality, by digest."""
+        folder = self.path / "receipts" / "tokens" / modality
+        return {file.parent.name: read_json(file) for file in sorted(folder.glob("*/identity.json"))}
+
+    def write_identity(self, modality: str, name: str, fields: dict[str, Any]) -> None:
+        """Record what a store's digest stands for."""
+        publish_json(self.receipts(modality, name) / "identity.json", fields)
+
+    def receipt(self, modality: str, name: str, view: int, shard: int) -> dict[str, Any] | None:
+        """Return the receipt of one shard; None if there is none or the shard's file is not of the size it names."""
+        path = self.receipts(modality, name) / f"view{view}" / f"{shard}.json"
+        if not path.exists():
+            return None
+        found = read_json(path)
+        tokens = self.tokens_path(modality, name) / "tokens" / "c" / str(shard) / str(view) / "0" / "0"
+        return found if tokens.exists() and tokens.stat().st_size == found["bytes"] else None
+
+    def write_receipt(self, modality: str, name: str, view: int, shard: int, receipt: dict[str, Any]) -> None:
+        """Record that a shard is done; the last step of its making."""
+        publish_json(self.receipts(modality, name) / f"view{view}" / f"{shard}.json", receipt)
+
+    def failures(self, modality: str, name: str) -> dict[str, str]:
+        """Return clip id -> reason of every failed (clip, view) of a store that is still in the row order."""
+        out: dict[str, str] = {}
+        for file in sorted(self.receipts(modality, name).glob("view*/*.json")):
+            for failure in read_json(file)["failures"]:
+                out[failure["clip_id"]] = failure["reason"]
+        return out
+
+    def require_usable(self, modality: str, name: str, states: np.ndarray, allow_failures: int) -> None:
+        """Raise IncompleteCacheError if more clips than allowed are failed in `states` [n]."""
+        n_failed = int((states == FAILED).sum())
+        if n_failed > allow_failures:
+            clip_id, reason = next(iter(self.failures(modality, name).items()))
+            raise IncompleteCacheError(
+                f"{self.path}: {modality} of {n_failed} clip(s) failed at extraction, such as "
+                f"{clip_id}: {reason}. Mend them and run karmma extract --retry-failed, or "
+                f"allow them with --allow-failures {n_failed}."
+            )

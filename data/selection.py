@@ -1,0 +1,84 @@
+"""Which token stores a table and its settings mean: complete, and made from the inputs that are asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .annotations import ClipTable
+from .cache import Cache
+from .config import DataConfig
+from .errors import CacheError, IncompleteCacheError, StaleCacheError, nearest
+from .identity import differences, input_identity
+from .modality import UNWRITTEN
+from .stores import TokenStore
+
+
+@dataclass
+class Selection:
+    """The stores in use by modality, their digests, and why any other modality is left out."""
+
+    stores: dict[str, TokenStore] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    n_views: int = 1
+
+
+def select_stores(cache: Cache, table: ClipTable, data: DataConfig, chosen: Mapping[str, str]) -> Selection:
+    """Find for each of data.modalities the one complete store whose inputs are those of `data`.
+
+    chosen: modality -> digest, where a cache has several.  A modality that is not there or not complete is left out
+    with the reason; one that was extracted under other settings, or several that fit, raise and name the differences.
+    """
+    selection = Selection()
+    for modality in data.modalities:
+        fitting = fitting_stores(cache, modality, data)
+        if modality in chosen and chosen[modality] not in fitting:
+            hint = nearest(chosen[modality], fitting)
+            raise CacheError(f"{cache.path}: no {modality} tokens {chosen[modality]!r}. {hint}")
+        asked = {name: store for name, store in fitting.items() if chosen.get(modality, name) == name}
+        missing = {name: n_unwritten(cache, table, store) for name, store in asked.items()}
+        complete = [name for name, n in missing.items() if n == 0]
+        if len(complete) > 1:
+            raise CacheError(_several(cache, modality, complete))
+        if complete:
+            selection.names[modality] = complete[0]
+            selection.stores[modality] = asked[complete[0]]
+        else:
+            n = min(missing.values(), default=table.n_clips)
+            selection.left_out[modality] = f"{n} of {table.n_clips} clips are not extracted"
+    if not selection.stores:
+        reasons = ", ".join(f"{modality}: {reason}" for modality, reason in selection.left_out.items())
+        raise IncompleteCacheError(f"{cache.path}: no modality is complete ({reasons}). Run karmma extract.")
+    while all(n_unwritten(cache, table, store, selection.n_views) == 0 for store in selection.stores.values()):
+        selection.n_views += 1
+    return selection
+
+
+def n_unwritten(cache: Cache, table: ClipTable, store: TokenStore, view: int = 0) -> int:
+    """Count the clips of the table that a view ought to have and a store lacks: all in view 0, else training clips."""
+    rows = cache.rows(table.clip_ids if view == 0 else table.clip_ids[table.split == "train"])
+    inside = rows[rows < store.n_clips] if view < store.n_views else rows[:0]
+    return len(rows) - len(inside) + int((store.state(inside, view) == UNWRITTEN).sum() if len(inside) else 0)
+
+
+def fitting_stores(cache: Cache, modality: str, data: DataConfig) -> dict[str, TokenStore]:
+    """Return by digest the stores whose inputs are those of `data`; raise StaleCacheError if there are only others."""
+    wanted, identities = input_identity(modality, data), cache.identities(modality)
+    fitting = [name for name, fields in identities.items() if fields["input"] == wanted]
+    if identities and not fitting:
+        found = next(iter(identities.values()))["input"]
+        said = "; ".join(differences(found, wanted, "input."))
+        raise StaleCacheError(
+            f"{cache.path}: {modality} was extracted under other settings: {said}. "
+            "Extract again, or use the settings of the cache."
+        )
+    return {name: TokenStore.open(cache.tokens_path(modality, name)) for name in fitting}
+
+
+def _several(cache: Cache, modality: str, names: list[str]) -> str:
+    identities = cache.identities(modality)
+    first = identities[names[0]]
+    others = "; ".join(f"{name}: {', '.join(differences(first, identities[name]))}" for name in names[1:])
+    return (
+        f"{cache.path}: {len(names)} complete sets of {modality} tokens fit: {names[0]} and {others}. "
+        f"Choose one with --set teacher.tokens.{modality}={names[0]}."
+    )

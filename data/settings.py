@@ -1,0 +1,100 @@
+"""How settings come together: default < preset < TOML < --set < option; all errors are said at once."""
+
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from .config import StageConfig
+from .errors import ConfigError, nearest
+from .modality import MODALITIES
+
+PRESETS = ("tiny", "paper")
+PATHS = {"data": ("table", "cache", "runs")}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a settings file; raise ConfigError with the line if it is missing or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such settings file. Name one with --config, or leave it out.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}. Correct it and run again.") from None
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Read one of the presets that come with the package."""
+    if name not in PRESETS:
+        raise ConfigError(f"Unknown preset {name!r}. {nearest(name, PRESETS)}")
+    return tomllib.loads((resources.files(__package__) / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `over` on `base`, table by table."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+def resolve(models: Mapping[str, type[StageConfig]], *layers: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge named layers of settings, the later one winning, and validate every section.
+
+    models: section name -> its model.  layers: (where it comes from, {section: {field: value}}).
+    Returns section -> model instance.  Raises one ConfigError that lists every unknown name and unfit value.
+    """
+    merged: dict[str, Any] = {}
+    wrong: list[str] = []
+    for where, layer in layers:
+        for section in set(layer) - set(models):
+            wrong.append(f"{where}: unknown section [{section}]. {nearest(section, models)}")
+        merged = _merged(merged, {name: value for name, value in layer.items() if name in models})
+    out = {}
+    for section, model in models.items():
+        try:
+            out[section] = model.model_validate(merged.get(section, {}))
+        except ValidationError as error:
+            wrong += [_said(section, model, layers, item) for item in error.errors()]
+    if wrong:
+        raise ConfigError("  ".join(wrong))
+    return out
+
+
+def _said(section: str, model: type[StageConfig], layers: tuple[tuple[str, Mapping], ...], item: Any) -> str:
+    """Turn one pydantic error into a line that names the layer, the field, the value and the next step."""
+    path = [str(part) for part in item["loc"]]
+    where = [name for name, layer in layers if path[0] in layer.get(section, {})] or ["settings"]
+    field = ".".join([section, *path])
+    if item["type"] == "extra_forbidden":
+        known = model.model_fields if len(path) == 1 else MODALITIES if len(path) == 2 else ()
+        return f"{where[-1]}: unknown option {field}. {nearest(path[-1], known)}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where[-1]}: {field} = {item['input']!r}: {message}."
+
+
+def rooted(written: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make the paths of a settings file relative to the file, not to where the command was given."""
+    out = {section: dict(part) if isinstance(part, dict) else part for section, part in written.items()}
+    for section, part in out.items():
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if name in PATHS.get(section, ()) and isinstance(value, str):
+                part[name] = str(folder / value)
+            elif isinstance(value, dict) and (folder / str(value.get("weights"))).is_file():
+                part[name] = {**value, "weights": str(folder / value["weights"])}
+    return out
+
+
+def assigned(text: str) -> dict[str, Any]:
+    """Turn 'student.video.name=swin3d_s' into nested settings."""
+    path, equals, value = text.partition("=")
+    if not equals or "." not in path:
+        raise ConfigError(f"--set {text}: expected section.field=value, such as --set teacher.max_lr=1e-4.")
+    found: Any = value
+    for name in reversed(path.strip().split(".")):
+        found = {name: found}
+    return found

@@ -1,0 +1,187 @@
+"""TokenStore and LogitStore: genuine Zarr v3 groups with an explicit state for every (clip, view)."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import zarr
+
+from .errors import CacheError, IncompleteCacheError, KarmmaError
+from .modality import PRESENT, UNWRITTEN
+from .publish import publish, publish_folder, read_json
+from .shards import ShardFiles, encode_shard
+
+
+def _opened(path: Path, mode: str = "r") -> zarr.Group:
+    if not (path / "zarr.json").exists():
+        raise CacheError(f"{path}: no such store. Run the command that makes it, or name another.")
+    return zarr.open_group(str(path), mode=mode, use_consolidated=False)
+
+
+class TokenStore:
+    """The tokens of one modality under one identity: `tokens` [N, V, k, D] float16 and `state` [N, V] uint8."""
+
+    def __init__(self, path: Path, mode: str = "r") -> None:
+        self.path, self.group = path, _opened(path, mode)
+        self.tokens, self.states = self.group["tokens"], self.group["state"]
+        self.n_clips, self.n_views, self.k, self.width = self.tokens.shape
+        self.shard_rows = (self.tokens.shards or self.tokens.chunks)[0]
+        plain = ShardFiles.understands(read_json(path / "tokens" / "zarr.json"))
+        self._files = ShardFiles(path / "tokens") if plain else None
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Open an existing store for reading; raises CacheError if there is none."""
+        return cls(Path(path))
+
+    @classmethod
+    def create(cls, path: Path, shape: tuple[int, int, int, int], shard_rows: int, attributes: dict[str, Any]) -> Self:
+        """Make an empty store of shape [N, V, k, D]; the folder appears whole."""
+
+        def fill(folder: Path) -> None:
+            group = zarr.open_group(str(folder), mode="w", zarr_format=3, attributes=attributes)
+            n_clips, n_views, k, width = shape
+            # NaN, not 0: a row that leaks without having been written must be loud.
+            group.create_array(
+                "tokens",
+                shape=shape,
+                shards=(shard_rows, 1, k, width),
+                chunks=(1, 1, k, width),
+                dtype="float16",
+                fill_value=np.nan,
+                compressors=None,
+                dimension_names=("clip", "view", "token", "width"),
+            )
+            group.create_array(
+                "state",
+                shape=(n_clips, n_views),
+                chunks=(shard_rows, 1),
+                dtype="uint8",
+                fill_value=UNWRITTEN,
+                compressors=None,
+                dimension_names=("clip", "view"),
+            )
+
+        publish_folder(path, fill)
+        return cls(path)
+
+    def grown(self, n_clips: int, n_views: int) -> Self:
+        """Return the store with room for at least so many clips and views; no row is touched."""
+        shape = (max(n_clips, self.n_clips), max(n_views, self.n_views))
+        if shape == (self.n_clips, self.n_views):
+            return self
+        store = type(self)(self.path, mode="r+")
+        store.states.resize(shape)
+        store.tokens.resize((*shape, self.k, self.width))
+        return type(self)(self.path)
+
+    def write_shard(self, shard: int, view: int, tokens: np.ndarray, state: np.ndarray) -> tuple[Path, bytes]:
+        """Publish one whole shard: tokens [n, k, D] float16, state [n] uint8, n at most `shard_rows`.
+
+        Returns the token file and its bytes, for the receipt.  Nothing is readable in part at any instant.
+        """
+        data = encode_shard(self.tokens, tokens[:, None])
+        path = self.path / "tokens" / "c" / str(shard) / str(view) / "0" / "0"
+        publish(path, data)
+        padded = np.full(self.shard_rows, UNWRITTEN, np.uint8)
+        padded[: len(state)] = state
+        publish(self.path / "state" / "c" / str(shard) / str(view), padded.tobytes())
+        return path, data
+
+    def state(self, rows: np.ndarray, view: int) -> np.ndarray:
+        """Return the state [n] of rows: 0 unwritten, 1 present, 2 absent, 3 failed."""
+        if view >= self.n_views:
+            raise IncompleteCacheError(
+                f"{self.path}: has {self.n_views} view(s), asked for view {view}. Extract with --views {view + 1}."
+            )
+        return np.asarray(self.states[:, view])[rows]
+
+    def read(self, rows: np.ndarray, view: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Return tokens [n, k, D] float16 of rows, in their order; rows that are absent or failed hold NaN.
+
+        Raises IncompleteCacheError if a row was never written, CacheError if a shard is damaged.
+        """
+        rows = np.asarray(rows)
+        self.require_written(rows, view)
+        return self.read_written(rows, view, out)
+
+    def read_written(self, rows: np.ndarray, view: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Do as `read` for rows whose state the caller has already seen: no look at `state`."""
+        out = np.empty((len(rows), self.k, self.width), np.float16) if out is None else out
+        if self._files is not None:
+            self._files.read_into(rows, view, out)
+            return out
+        for place, row in enumerate(rows):
+            out[place] = self.tokens[int(row), view]
+        return out
+
+    def require_written(self, rows: np.ndarray, view: int) -> None:
+        """Raise IncompleteCacheError, with the number of rows, unless every row of the view was written."""
+        if len(rows) and (np.max(rows) >= self.n_clips or np.min(rows) < 0):
+            raise IncompleteCacheError(
+                f"{self.path}: has {self.n_clips} clips, asked for row {np.max(rows)}. Extract the new clips first."
+            )
+        n_missing = int((self.state(rows, view) == UNWRITTEN).sum())
+        if n_missing:
+            raise IncompleteCacheError(
+                f"{self.path}: {n_missing} of {len(rows)} clips were never extracted "
+                f"in view {view}. Run karmma extract again."
+            )
+
+
+class LogitStore:
+    """A teacher's logits: one array a head [N, V, classes] float32, and `state` [N, V] uint8."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.group = path, _opened(path)
+        self.attributes = dict(self.group.attrs)
+        self.heads = tuple(self.attributes["classes"])
+        self._state = np.asarray(self.group["state"][:])
+        self._logits = {head: np.asarray(self.group[head][:]) for head in self.heads}
+        self.n_clips, self.n_views = self._state.shape
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Open an existing store and hold it in memory (106 MB a view for EPIC-KITCHENS-100)."""
+        return cls(Path(path))
+
+    @classmethod
+    def write(cls, path: Path, logits: dict[str, np.ndarray], state: np.ndarray, attributes: dict[str, Any]) -> Self:
+        """Publish a whole store: logits head -> [N, V, classes], state [N, V]; attributes must name `classes`."""
+        for head, values in logits.items():
+            if not np.isfinite(values[state == PRESENT]).all():
+                raise KarmmaError(
+                    f"{path}: the teacher's logits of head {head!r} are not finite. "
+                    "Its training diverged: lower max_lr and train again."
+                )
+
+        def fill(folder: Path) -> None:
+            group = zarr.open_group(str(folder), mode="w", zarr_format=3, attributes=attributes)
+            for head, values in logits.items():
+                names = ("clip", "view", "class")
+                group.create_array(head, data=values.astype(np.float32), chunks="auto", dimension_names=names)
+            group.create_array("state", data=state.astype(np.uint8), chunks="auto", dimension_names=names[:2])
+
+        publish_folder(path, fill)
+        return cls(path)
+
+    def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        """Return logits head -> [n, classes] of (row, view) pairs; raises IncompleteCacheError if one is not there."""
+        rows = np.asarray(rows)
+        if view >= self.n_views or (len(rows) and np.max(rows) >= self.n_clips):
+            raise IncompleteCacheError(
+                f"{self.path}: holds {self.n_clips} clips in {self.n_views} view(s), asked for "
+                f"row {np.max(rows)} in view {view}. Train the teacher again."
+            )
+        missing = rows[self._state[rows, view] != PRESENT]
+        if len(missing):
+            raise IncompleteCacheError(
+                f"{self.path}: no logits for {len(missing)} clip(s) in view {view}, first row "
+                f"{missing[0]}. Train the teacher on a cache that has them."
+            )
+        return {head: values[rows, view] for head, values in self._logits.items()}
+
+    def has(self, rows: np.ndarray, view: int) -> np.ndarray:
+        """Say for each row [n] whether its logits of `view` are there."""
+        inside = (rows < self.n_clips) & (rows >= 0) & (view < self.n_views)
+        return inside & (self._state[np.where(inside, rows, 0), min(view, self.n_views - 1)] == PRESENT)

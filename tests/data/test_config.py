@@ -1,0 +1,125 @@
+"""Settings: every default has a source; layers, paths and errors."""
+
+from pathlib import Path
+
+import pytest
+from karmma.cli import SECTIONS
+from karmma.data.config import DataConfig, digest
+from karmma.data.errors import ConfigError
+from karmma.data.settings import assigned, read_preset, read_toml, resolve, rooted
+from karmma.distill.config import StudentConfig
+from karmma.extract.config import ExtractConfig
+from karmma.fuse.config import TeacherConfig
+
+# design.md section 5, the paper's sec. 4.
+PAPER = {
+    TeacherConfig: {
+        "embed_dim": 768, "n_layers": 2, "n_attention_heads": 8, "attention_dropout": 0.3, "batch_size": 32,
+        "weight_decay": 0.05, "clip_norm": 1.0, "min_lr": 1e-5, "max_lr": 5e-4, "warmup_epochs": 10, "epochs": 100,
+        "alpha": 0.7, "beta": 0.3, "tau": 0.1, "missing": "ignore",
+    },
+    StudentConfig: {
+        "embed_dim": 384, "n_layers": 1, "n_attention_heads": 8, "attention_dropout": 0.0, "batch_size": 6,
+        "weight_decay": 0.01, "clip_norm": 2.0, "min_lr": 1e-5, "max_lr": 1e-4, "warmup_epochs": 10, "epochs": 100,
+        "gamma": 0.7, "kl_lambda": 0.3, "modality_dropout": 0.5, "missing": "B.5", "theta": 300,
+    },
+    ExtractConfig: {"theta": 300},
+    DataConfig: {"frames": 32, "size": 224, "audio_rate": 16000, "audio_hop": 80, "audio_mels": 128},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", SECTIONS.values())
+def test_every_default_says_where_it_comes_from(model):
+    for name, field in model.model_fields.items():
+        source = (field.json_schema_extra or {}).get("source", "")
+        assert source.startswith(("paper, ", "ours: ")), name
+        assert len(source) > len("paper, "), name
+        assert field.description, name
+
+
+@pytest.mark.parametrize("model", PAPER)
+def test_paper_preset_has_every_value_of_the_paper(model):
+    section = next(name for name, known in SECTIONS.items() if known is model)
+    found = resolve(SECTIONS, ("preset paper", read_preset("paper")))[section]
+    assert {name: getattr(found, name) for name in PAPER[model]} == PAPER[model]
+
+
+def test_paper_preset_has_the_paper_backbones():
+    found = resolve(SECTIONS, ("preset paper", read_preset("paper")))
+    teacher = {name: getattr(found["extract"], name).name for name in ("video", "flow", "audio", "detections")}
+    student = {name: getattr(found["student"], name).name for name in ("video", "flow", "audio", "detections")}
+    assert teacher == {"video": "swin3d_b", "flow": "swin3d_b", "audio": "swin3d_b", "detections": "stlt_12"}
+    assert student == {"video": "swin3d_t", "flow": "swin3d_t", "audio": "ast_t", "detections": "stlt_9"}
+
+
+def test_later_layer_wins_field_by_field():
+    layers = ("a", {"data": {"frames": 8, "size": 64}}), ("b", {"data": {"size": "32"}})
+    data = resolve(SECTIONS, *layers)["data"]
+    assert (data.frames, data.size) == (8, 32)
+
+
+def test_nested_assignment_replaces_one_name_only():
+    layers = ("tiny", read_preset("tiny")), ("--set", assigned("extract.video.name=swin3d_s"))
+    extract = resolve(SECTIONS, *layers)["extract"]
+    assert (extract.video.name, extract.video.weights) == ("swin3d_s", "none")
+
+
+def test_theta_none_keeps_all_tokens():
+    assert resolve(SECTIONS, ("--set", assigned("extract.theta=none")))["extract"].theta is None
+
+
+def test_all_errors_are_said_at_once_with_the_nearest_name():
+    with pytest.raises(ConfigError) as caught:
+        resolve(SECTIONS, ("k.toml", {"data": {"frmes": 8, "size": "big"}, "techer": {}}))
+    text = str(caught.value)
+    assert "k.toml: unknown option data.frmes. Did you mean 'frames'?" in text
+    assert "data.size = 'big'" in text
+    assert "unknown section [techer]. Did you mean 'teacher'?" in text
+
+
+def test_unknown_modality_names_the_nearest():
+    with pytest.raises(ConfigError, match="Unknown modality 'flwo'. Did you mean 'flow'?"):
+        resolve(SECTIONS, ("option", {"data": {"modalities": ["flwo"]}}))
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match="Unknown preset 'tinny'. Did you mean 'tiny'?"):
+        read_preset("tinny")
+
+
+def test_missing_and_malformed_settings_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no\.toml: no such settings file"):
+        read_toml(tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_text("[data\n")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not a TOML file: .*line 1"):
+        read_toml(tmp_path / "bad.toml")
+
+
+def test_paths_in_a_settings_file_are_relative_to_it(tmp_path):
+    (tmp_path / "w.safetensors").touch()
+    written = {
+        "preset": "tiny",
+        "data": {"table": "clips.csv"},
+        "extract": {"video": {"weights": "w.safetensors"}, "audio": {"weights": "none"}},
+    }
+    found = rooted(written, tmp_path)
+    assert found["data"]["table"] == str(tmp_path / "clips.csv")
+    assert found["extract"]["video"]["weights"] == str(tmp_path / "w.safetensors")
+    assert found["extract"]["audio"]["weights"] == "none"
+
+
+def test_assignment_without_value_is_refused():
+    with pytest.raises(ConfigError, match=r"--set teacher\.max_lr: expected section\.field=value"):
+        assigned("teacher.max_lr")
+
+
+def test_digest_does_not_depend_on_the_order_of_keys():
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
+
+
+def test_input_settings_name_what_the_modality_sees_and_no_more():
+    data = DataConfig(table=Path("x.csv"))
+    assert "audio_hop" in data.input_settings("audio")
+    assert not {"size", "table", "heads", "modalities"} & set(data.input_settings("audio"))
+    assert {"size", "flow_clamp_px", "crop_min"} <= set(data.input_settings("flow"))
+    assert "flow_clamp_px" not in data.input_settings("video")
