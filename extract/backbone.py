@@ -1,0 +1,31 @@
+"""What every backbone promises: one modality's raw batch in, tokens out."""
+
+from torch import Tensor, nn
+
+from ..data.errors import ConfigError
+
+
+class Backbone(nn.Module):
+    """A unimodal feature extractor that owns its normalisation, its layout changes and its input size.
+
+    input_shape: the shape of one clip's array.  n_tokens: K.  width: D.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], n_tokens: int, width: int) -> None:
+        super().__init__()
+        self.input_shape = tuple(input_shape)
+        self.n_tokens = n_tokens
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn a raw batch [B, *input_shape] into tokens [B, K, D]; raise ConfigError on any other shape."""
+        if tuple(x.shape[1:]) != self.input_shape:
+            raise ConfigError(
+                f"{type(self).__name__}: this backbone was built for clips of shape {list(self.input_shape)}, "
+                f"got {list(x.shape[1:])}. Build it for the shape that the data has."
+            )
+        return self.tokens(x)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Compute the tokens of a raw batch of the right shape; every backbone has its own."""
+        raise NotImplementedError

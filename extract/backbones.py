@@ -1,0 +1,182 @@
+"""Backbones by name: built under a seed, filled from named or local weights, and told apart by a digest."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError  # how torch.load(weights_only=True) says no; nothing is unpickled here
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.models import WeightsEnum
+from torchvision.models.video import Swin3D_B_Weights, Swin3D_S_Weights, Swin3D_T_Weights
+
+from ..data.errors import ConfigError, nearest
+from ..data.modality import in_order
+from .backbone import Backbone
+from .layout import LayoutTransformer
+from .spectrogram import SpectrogramTransformer
+from .video_swin import VideoSwin, swin_network
+
+__all__ = ["BACKBONES", "Backbone", "build_backbone", "weights_digest"]
+
+SHAPES = {"video": "[T, 3, H, W]", "flow": "[T, 3, H, W]", "audio": "[T, mels, steps]", "detections": "[T, n, 6]"}
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to build a backbone, for which modalities, and where its Kinetics-400 weights are."""
+
+    modalities: tuple[str, ...]
+    build: Callable[[str, tuple[int, ...]], Backbone]
+    kinetics400: WeightsEnum | None = None
+
+
+def _swin(kinetics400: WeightsEnum | None = None, **sizes: Any) -> Recipe:
+    def build(modality: str, input_shape: tuple[int, ...]) -> Backbone:
+        return VideoSwin(swin_network(**sizes), modality, input_shape)
+
+    return Recipe(("video", "flow", "audio"), build, kinetics400)
+
+
+def _ast(**sizes: Any) -> Recipe:
+    return Recipe(("audio",), lambda modality, input_shape: SpectrogramTransformer(input_shape, **sizes))
+
+
+def _stlt(n_spatial: int, n_temporal: int, width: int = 768, n_heads: int = 12, dropout: float = 0.1) -> Recipe:
+    def build(modality: str, input_shape: tuple[int, ...]) -> Backbone:
+        return LayoutTransformer(input_shape, width, n_heads, n_spatial, n_temporal, dropout)
+
+    return Recipe(("detections",), build)
+
+
+BACKBONES: dict[str, Recipe] = {
+    "swin3d_t": _swin(Swin3D_T_Weights.KINETICS400_V1, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "swin3d_s": _swin(Swin3D_S_Weights.KINETICS400_V1, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "swin3d_b": _swin(Swin3D_B_Weights.KINETICS400_V1, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    # For clips of 8 x 48 x 48: windows of 3 x 3 divide both stages, 12 x 12 and 6 x 6, so nothing is padded.
+    "swin3d_micro": _swin(
+        embed_dim=32, depths=(2, 2), num_heads=(2, 4), window=(4, 3, 3), mlp_ratio=2.0, stochastic_depth=0.0
+    ),
+    "ast_t": _ast(width=192, depth=12, n_heads=3, patches=(16, 10)),
+    # A pitch shows in the positions alone; at 0.02 so small a model takes hundreds of steps to notice them.
+    "ast_micro": _ast(width=96, depth=3, n_heads=3, patches=(8, 6), position_std=0.5),
+    "stlt_12": _stlt(n_spatial=4, n_temporal=8),
+    # The paper says 9 layers and no more; 3 + 6 keeps the proportion of its authors' 4 + 8.
+    "stlt_9": _stlt(n_spatial=3, n_temporal=6),
+    "stlt_micro": _stlt(n_spatial=1, n_temporal=2, width=64, n_heads=4),
+}
+
+
+def build_backbone(
+    name: str, modality: str, input_shape: tuple[int, ...], weights: str = "none", seed: int = 0
+) -> Backbone:
+    """Build a backbone for clips of one shape.
+
+    input_shape: as in `DataConfig.input_shape`.  weights: "none" (random under `seed`; the global random state stays
+    as it was), "kinetics400", or a local file .safetensors, .pth or .pt with the names of the backbone's state dict;
+    what begins with "head." in it is left out.
+    Raises ConfigError if name, modality, shape and weights do not exist or do not go together.
+    """
+    recipe = _recipe(name, modality, tuple(input_shape))
+    state = _read_weights(name, recipe, weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        backbone = recipe.build(modality, tuple(input_shape))
+    if state is not None:
+        _fill(backbone, state, f"weights {weights!r} for {name}")
+    return backbone
+
+
+def weights_digest(backbone: Backbone) -> str:
+    """Return 16 hex digits that stand for names, dtypes, shapes and bytes of the whole state dict, in any order."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def _recipe(name: str, modality: str, input_shape: tuple[int, ...]) -> Recipe:
+    """Look up a recipe and check that it takes this modality in this shape."""
+    if name not in BACKBONES:
+        raise ConfigError(f"Unknown backbone {name!r}. {nearest(name, BACKBONES)}")
+    in_order([modality])
+    recipe = BACKBONES[name]
+    if modality not in recipe.modalities:
+        fit = ", ".join(other for other, its in BACKBONES.items() if modality in its.modalities)
+        takes = ", ".join(recipe.modalities)
+        raise ConfigError(f"Backbone {name} takes {takes}, not {modality}. For {modality} choose one of {fit}.")
+    wanted = SHAPES[modality]
+    named = dict(zip(wanted.strip("[]").split(", "), input_shape, strict=False))
+    fixed = all(int(word) == size for word, size in named.items() if word.isdigit())
+    if len(input_shape) != wanted.count(",") + 1 or min(input_shape) < 1 or not fixed:
+        raise ConfigError(
+            f"Backbone {name}: {modality} comes as {wanted}, not as {list(input_shape)}. Correct the shape."
+        )
+    return recipe
+
+
+def _read_weights(name: str, recipe: Recipe, weights: str) -> Mapping[str, Tensor] | None:
+    """Read a state dict from where `weights` says; None for random weights."""
+    if weights == "none":
+        return None
+    if weights == "kinetics400":
+        if recipe.kinetics400 is None:
+            having = ", ".join(other for other, its in BACKBONES.items() if its.kinetics400)
+            raise ConfigError(
+                f"There are no Kinetics-400 weights for {name}, only for {having}. Set weights to none or to a file."
+            )
+        return _download(recipe.kinetics400)
+    path = Path(weights)
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(
+            f"Unknown weights {weights!r} for {name}: neither none nor kinetics400 nor a file {', '.join(SUFFIXES)}."
+        )
+    return _read_file(path)
+
+
+def _download(weights: WeightsEnum) -> Mapping[str, Tensor]:
+    """Fetch torchvision's weights, or take them from its cache."""
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network; a download with another hash
+        raise ConfigError(
+            f"{weights.url}: cannot be fetched: {error}. Fetch it elsewhere and set weights to the file."
+        ) from None
+
+
+def _read_file(path: Path) -> Mapping[str, Tensor]:
+    """Read tensors by name from a file, without running any code that is in it."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such weights file. Correct the path, or set weights to none.")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{path}: not a readable weights file: {reason}. Save it again as .safetensors.") from None
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ConfigError(
+            f"{path}: expected tensors by name, found something else. Save a state dict and nothing around it."
+        )
+    return state
+
+
+def _fill(backbone: Backbone, state: Mapping[str, Tensor], where: str) -> None:
+    """Copy `state`, but for its classification head, into the backbone; every name and shape has to fit."""
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    own = backbone.state_dict()
+    misfits = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+    wrong = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [f"{name}: {[*state[name].shape]}, not {[*own[name].shape]}" for name in misfits],
+    }
+    if any(wrong.values()):
+        said = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in wrong.items() if names]
+        raise ConfigError(f"{where}: {'; '.join(said)}. Choose the backbone and input size they were made for.")
+    backbone.load_state_dict(state)

@@ -1,0 +1,47 @@
+"""Settings of `karmma extract`: which frozen backbone makes a modality's tokens, and how many are kept."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from ..data.config import StageConfig, ours, paper
+
+# TOML and the command line have no None, so they say "none".
+Theta = Annotated[int | None, BeforeValidator(lambda value: None if value == "none" else value)]
+
+
+class BackboneConfig(StageConfig):
+    """A backbone by name and where its weights come from."""
+
+    name: str = ours(..., "registered name, such as swin3d_b", "no one backbone fits every modality")
+    weights: str = ours(
+        ..., "'kinetics400', a local file, or 'none' (random, from `seed`)", "random weights must be asked for"
+    )
+
+
+def backbone(name: str, weights: str) -> BackboneConfig:
+    """Return a default for a backbone field."""
+    return BackboneConfig(name=name, weights=weights)
+
+
+class ExtractConfig(StageConfig):
+    """What the teacher's frozen backbones are and how the cache is filled."""
+
+    video: BackboneConfig = paper(backbone("swin3d_b", "kinetics400"), "backbone of V", "sec. 4")
+    flow: BackboneConfig = paper(backbone("swin3d_b", "kinetics400"), "backbone of F", "sec. 4")
+    audio: BackboneConfig = paper(backbone("swin3d_b", "kinetics400"), "backbone of A", "sec. 4")
+    detections: BackboneConfig = paper(
+        backbone("stlt_12", "stlt_action_genome.safetensors"),
+        "backbone of D; a local file, as none is hosted",
+        "sec. 4",
+    )
+    theta: Theta = paper(300, "tokens kept per modality (Theta-Average); none keeps all", "sec. 4", ge=1)
+    views: int = ours(1, "views of a training clip; val and test clips get the clean one", "the clean view", ge=1)
+    batch_size: int = ours(8, "clips a forward pass", "fits a 16 GB card with Swin-B", ge=1)
+    shard_rows: int = ours(128, "clips a shard", "79 MB shards at 300 x 1024 float16", ge=1)
+    precision: Literal["float32"] = ours("float32", "arithmetic of the backbones", "exact before fast")
+    device: str = ours("auto", "torch device; auto takes CUDA where there is one", "convenience")
+    threads: int = ours(0, "torch threads; 0 leaves torch's own choice", "torch knows the cores", ge=0)
+    seed: int = ours(0, "seed of backbones with weights 'none'", "any number will do")
+    readers: int = ours(2, "threads that read clips", "two cores", ge=1)
+    retry_failed: bool = ours(False, "try clips again that failed before", "failures are mostly in the file")
