@@ -1,0 +1,39 @@
+"""Settings of `karmma train-teacher`, and those that it shares with the student's training."""
+
+from typing import Literal
+
+from ..data.config import StageConfig, ours, paper
+
+Missing = Literal["ignore", "B.1", "B.2", "B.3", "B.4", "B.5"]
+
+
+class TrainingConfig(StageConfig):
+    """Optimisation of either model, and where its run goes."""
+
+    epochs: int = paper(100, "passes over the training clips; the paper's ablations use 50", "sec. 4", ge=1)
+    max_lr: float = paper(5e-4, "learning rate at the end of the warm-up", "sec. 4", gt=0)
+    min_lr: float = paper(1e-5, "learning rate at the start and at the end", "sec. 4", gt=0)
+    warmup_epochs: int = paper(10, "epochs of linear warm-up", "sec. 4", ge=0)
+    norm_first: bool = ours(False, "LayerNorm before attention instead of after", "not stated; torch's default")
+    allow_failures: int = ours(0, "clips that may be failed; they then lack that modality", "never in silence", ge=0)
+    device: str = ours("auto", "torch device; auto takes CUDA where there is one", "convenience")
+    threads: int = ours(0, "torch threads; 0 leaves torch's own choice", "torch knows the cores", ge=0)
+    seed: int = ours(0, "seed of weights, sample order and dropout", "any number will do")
+
+
+class TeacherConfig(TrainingConfig):
+    """The teacher's light fusion head over cached tokens."""
+
+    embed_dim: int = paper(768, "width of the fusion block", "sec. 4", ge=1)
+    ffn_dim: int = ours(768, "width of the feed-forward layers", "ratio 1 gives the published 11.25 M", ge=1)
+    n_layers: int = paper(2, "transformer layers of the fusion block", "sec. 4", ge=1)
+    n_attention_heads: int = paper(8, "attention heads", "sec. 4", ge=1)
+    attention_dropout: float = paper(0.3, "dropout of attention weights", "sec. 4", ge=0, lt=1)
+    missing: Missing = ours("ignore", "what stands in for a missing modality", "figures.md: no learned tokens")
+    batch_size: int = paper(32, "clips a step", "sec. 4", ge=1)
+    weight_decay: float = paper(0.05, "weight decay of AdamW", "sec. 4", ge=0)
+    clip_norm: float = paper(1.0, "largest norm of the gradient", "sec. 4", gt=0)
+    tokens: dict[str, str] = ours({}, "modality -> digest, where a cache has several sets", "one set is the rule")
+    alpha: float = paper(0.7, "weight of cross-entropy in Eq. 3", "sec. 4", ge=0)
+    beta: float = paper(0.3, "weight of InfoNCE in Eq. 3", "sec. 4", ge=0)
+    tau: float = paper(0.1, "temperature of InfoNCE in Eq. 2", "sec. 4", gt=0)

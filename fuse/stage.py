@@ -1,0 +1,78 @@
+"""Train the teacher's fusion head from the cache, then let it speak for every clip.
+
+Nothing at import needs torch: a run that is there already is found without it.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.annotations import ClipTable
+from ..data.cache import Cache
+from ..data.config import DataConfig, digest
+from ..data.errors import TableError
+from ..data.identity import input_identity
+from ..data.runs import RunFolder
+from ..data.selection import Selection, select_stores
+from .config import TeacherConfig
+
+
+@dataclass
+class TeacherReport:
+    """Where the teacher's run and logits are, and what it was trained on."""
+
+    run: Path
+    logits: Path
+    modalities: tuple[str, ...]
+    result: dict[str, Any]
+    left_out: dict[str, str] = field(default_factory=dict)
+    was_there: bool = False
+
+
+def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> TeacherReport:
+    """Train on every modality that is complete in the cache; write the run folder and the logit store.
+
+    The run's name is a digest of all that decides its result, so the same call again finds it and does nothing.
+    Raises IncompleteCacheError or StaleCacheError if the cache is not what `data` asks for, TableError if there is
+    nothing to learn from.
+    """
+    cache = Cache.open(data.cache)
+    selection = select_stores(cache, table, data, config.tokens)
+    for modality, store in selection.stores.items():
+        states = store.state(cache.rows(table.clip_ids), 0)
+        cache.require_usable(modality, selection.names[modality], states, config.allow_failures)
+    require_labels(table, data.heads)
+    described = describe_run(table, data, config, selection)
+    run = RunFolder(data.runs / f"teacher-{digest(described)[:8]}")
+    was_there = run.is_finished and cache.logits_path(run.result["teacher"]).exists()
+    if not was_there:
+        from .teacher import Teacher
+
+        Teacher(cache, table, selection, data, config).train(run, described)
+    result = run.result
+    logits = cache.logits_path(result["teacher"])
+    return TeacherReport(run.path, logits, tuple(selection.stores), result, selection.left_out, was_there)
+
+
+def require_labels(table: ClipTable, heads: tuple[str, ...]) -> None:
+    """Raise TableError unless train and val each have a clip labelled in every head."""
+    for split in ("train", "val"):
+        for head in heads:
+            if not (table.labels(head)[table.rows(split)] >= 0).any():
+                raise TableError(
+                    f"{table.path}: no clip of split {split!r} has a label in column {head!r}. "
+                    "Training needs labelled clips in 'train' and 'val'."
+                )
+
+
+def describe_run(table: ClipTable, data: DataConfig, config: TeacherConfig, selection: Selection) -> dict[str, Any]:
+    """Return all that decides a teacher: settings, inputs, tokens, clips and labels; paths and devices are not in it."""
+    return {
+        "kind": "teacher",
+        "settings": config.model_dump(mode="json", exclude={"device", "threads", "tokens"}),
+        "data": data.model_dump(mode="json", exclude={"table", "cache", "runs"}),
+        "inputs": {modality: input_identity(modality, data) for modality in selection.stores},
+        "tokens": selection.names,
+        "clips": table.content_digest(),
+        "classes": {head: list(table.classes(head)) for head in data.heads},
+    }
