@@ -1,0 +1,45 @@
+"""Settings of `karmma distill`: the end-to-end student and what it learns from."""
+
+from pydantic import field_validator
+
+from ..data.config import ours, paper
+from ..data.modality import in_order
+from ..extract.config import BackboneConfig, Theta, backbone
+from ..fuse.config import Missing, TrainingConfig
+
+
+class StudentConfig(TrainingConfig):
+    """The student: small trained backbones, a smaller fusion block, and the distillation."""
+
+    modalities: tuple[str, ...] | None = ours(None, "the student's modalities; none: those of the data", "sec. 3.2")
+    teacher: str | None = ours(
+        None, "digest of the cached teacher, or 'none' for the paper's Baseline", "one teacher is the rule"
+    )
+    video: BackboneConfig = paper(backbone("swin3d_t", "kinetics400"), "backbone of V", "sec. 4")
+    flow: BackboneConfig = paper(backbone("swin3d_t", "kinetics400"), "backbone of F", "sec. 4")
+    audio: BackboneConfig = paper(backbone("ast_t", "none"), "backbone of A", "sec. 4")
+    detections: BackboneConfig = paper(backbone("stlt_9", "none"), "backbone of D", "sec. 4")
+    theta: Theta = paper(300, "tokens kept per modality (Theta-Average); none keeps all", "sec. 4", ge=1)
+    embed_dim: int = paper(384, "width of the fusion block", "sec. 4", ge=1)
+    ffn_dim: int = ours(384, "width of the feed-forward layers", "ratio 1 gives the published 65.15 M", ge=1)
+    n_layers: int = paper(1, "transformer layers of the fusion block", "sec. 4", ge=1)
+    n_attention_heads: int = paper(8, "attention heads", "sec. 4, as the teacher's", ge=1)
+    attention_dropout: float = paper(0.0, "dropout of attention weights", "sec. 4", ge=0, lt=1)
+    missing: Missing = paper("B.5", "what stands in for a missing modality", "Eq. 6; one modality needs none")
+    modality_dropout: float = paper(0.5, "probability of dropping a modality of a clip", "sec. 4", ge=0, lt=1)
+    batch_size: int = paper(6, "clips a step", "sec. 4", ge=1)
+    max_lr: float = paper(1e-4, "learning rate at the end of the warm-up", "sec. 4", gt=0)
+    weight_decay: float = paper(0.01, "weight decay of AdamW", "sec. 4", ge=0)
+    clip_norm: float = paper(2.0, "largest norm of the gradient", "sec. 4", gt=0)
+    gamma: float = paper(0.7, "weight of cross-entropy in Eq. 5", "sec. 4", ge=0)
+    kl_lambda: float = paper(0.3, "weight of KL in Eq. 5 (lambda)", "sec. 4", ge=0)
+    temperature: float = paper(1.0, "temperature of KL", "Eq. 4 has none", gt=0)
+    readers: int = ours(2, "threads that read clips", "two cores", ge=1)
+    input_cache_mb: int = ours(
+        2048, "memory for decoded clips, so that later epochs need no decoding", "8 GB PCs", ge=0
+    )
+
+    @field_validator("modalities")
+    @classmethod
+    def _in_order(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return value and in_order(value)

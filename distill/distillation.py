@@ -1,0 +1,99 @@
+"""The student's training: raw clips beside cached teacher logits, Eq. 5 with modality dropout."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.annotations import ClipTable
+from ..data.batches import plan_epoch
+from ..data.config import DataConfig
+from ..data.runs import RunFolder
+from ..fuse.losses import cross_entropy
+from ..fuse.metrics import accuracy
+from ..fuse.training import fit, prepare
+from .config import StudentConfig
+from .dropout import modality_dropout
+from .evaluate import subset_logits
+from .losses import kl_divergence
+from .stream import ClipBatch, ClipStream
+from .student import build_student
+from .teacher import CachedTeacher
+
+
+class Distillation:
+    """One student in training; a `Course` for `fit`."""
+
+    def __init__(
+        self,
+        table: ClipTable,
+        data: DataConfig,
+        config: StudentConfig,
+        teacher: CachedTeacher,
+        present: np.ndarray | None,
+    ) -> None:
+        self.config, self.teacher, self.data = config, teacher, data
+        self.device = prepare(config)
+        self.labels = {head: torch.from_numpy(table.labels(head)) for head in data.heads}
+        n_classes = {head: len(table.classes(head)) for head in data.heads}
+        self.student = build_student(data, config, n_classes).to(self.device)
+        self.stream = ClipStream(
+            table,
+            data,
+            self.student.modalities,
+            readers=config.readers,
+            cache_mb=config.input_cache_mb,
+            allow_failures=config.allow_failures,
+        )
+        self.present = self.stream.survey(np.arange(table.n_clips)) if present is None else present
+        labelled = np.any([labels.numpy() >= 0 for labels in self.labels.values()], axis=0)
+        usable = labelled & self.present.any(axis=1)
+        self.rows = {split: table.rows(split)[usable[table.rows(split)]] for split in ("train", "val")}
+        self.steps_per_epoch = -(-len(self.rows["train"]) // config.batch_size)
+
+    def train(self, run: RunFolder, described: dict[str, Any]) -> None:
+        """Train and mark the run as finished."""
+        self.teacher.require(self.rows["train"])
+        run.start(described)
+        best = fit(self.student, self, self.config, run)
+        parameters = sum(p.numel() for p in self.student.parameters())
+        failed = self.stream.failed
+        run.finish({"epoch": best["epoch"], "val": best["val"], "parameters": parameters, "failed": failed})
+
+    def masks(self, epoch: int) -> np.ndarray:
+        """Return which modalities of each clip are used in an epoch: [N, M] bool, from (seed, epoch, clip) alone."""
+        rows, out = self.rows["train"], self.present.copy()
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        out[rows] = modality_dropout(
+            torch.from_numpy(self.present[rows]), self.config.modality_dropout, generator
+        ).numpy()
+        return out
+
+    def batches(self, epoch: int) -> Iterator[ClipBatch]:
+        """Yield the training batches of an epoch; a dropped modality is neither decoded nor run."""
+        masks, view = self.masks(epoch), epoch % self.teacher.n_views
+        plan = plan_epoch(self.rows["train"], self.config.batch_size, self.config.seed, epoch)
+        return self.stream.batches([(rows, masks[rows]) for rows in plan], view)
+
+    def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return Eq. 5: gamma CE + lambda KL, and its parts; without a teacher, CE alone."""
+        inputs = {modality: values.to(self.device) for modality, values in batch.inputs.items()}
+        output = self.student(inputs, batch.present.to(self.device))
+        labels = {head: values[batch.rows].to(self.device) for head, values in self.labels.items()}
+        ce = cross_entropy(output.logits, labels)
+        cached = self.teacher.logits(batch.rows, batch.view)
+        if cached is None:
+            return {"loss": ce, "ce": ce}
+        targets = {head: torch.from_numpy(values).to(self.device) for head, values in cached.items()}
+        kl = kl_divergence(output.logits, targets, self.config.temperature)
+        return {"loss": self.config.gamma * ce + self.config.kl_lambda * kl, "ce": ce, "kl": kl}
+
+    def validate(self) -> dict[str, float]:
+        """Return accuracy by head and action, and cross-entropy, of the clean validation clips, all modalities in."""
+        every = self.student.modalities
+        found = subset_logits(self.student, self.stream, self.rows["val"], [every], self.device)
+        labels = {head: values[found.rows] for head, values in self.labels.items()}
+        logits = found.logits[every]
+        return {**accuracy(logits, labels), "loss": cross_entropy(logits, labels).item()}

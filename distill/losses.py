@@ -1,0 +1,34 @@
+"""What the student learns from the teacher: its class probabilities, head by head."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.errors import ConfigError
+
+
+def kl_divergence(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
+    """Return KL(teacher || student), mean over clips and heads, times temperature squared; float32 or better.
+
+    student, teacher: head -> [B, N_h] logits. The student's heads count; no gradient reaches the teacher. Equal logits
+    give 0.  Raises ConfigError if temperature <= 0, ValueError if a head of the student has no equal in the teacher.
+    Source: KARMMA eq. 4; the factor keeps the gradient's size when the temperature changes (Hinton et al., 2015).
+    """
+    if not temperature > 0:
+        raise ConfigError(f"KL: temperature is {temperature}, expected a number above 0. Set it to the paper's 1.")
+    parts = []
+    for head, logits in student.items():
+        shape = tuple(teacher[head].shape) if head in teacher else "none"
+        if shape != tuple(logits.shape):
+            raise ValueError(f"KL: teacher logits of {head!r} are {shape}, expected {tuple(logits.shape)}.")
+        ours, theirs = (_log_probs(each, temperature) for each in (logits, teacher[head].detach()))
+        parts.append(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
+    return torch.stack(parts).mean() * temperature**2
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """Return log-probabilities [B, N_h], in float32 at least."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return F.log_softmax(logits.to(dtype) / temperature, dim=1)

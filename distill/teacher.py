@@ -1,0 +1,110 @@
+"""The cached teacher: which one is meant, and its logits joined to clips by (clip, view)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.annotations import ClipTable
+from ..data.cache import Cache
+from ..data.config import DataConfig
+from ..data.errors import CacheError, IncompleteCacheError, StaleCacheError, nearest
+from ..data.identity import differences, input_identity
+from ..data.modality import PRESENT
+from ..data.selection import fitting_stores, n_unwritten
+from ..data.stores import LogitStore
+from .config import StudentConfig
+
+NO_TEACHER = "none"
+
+
+class CachedTeacher:
+    """Logits of one teacher for the clips of a table; without a store, the paper's Baseline."""
+
+    def __init__(self, store: LogitStore | None, cache_rows: np.ndarray) -> None:
+        self.store, self.cache_rows = store, cache_rows
+        self.n_views = store.n_views if store else 1
+
+    @property
+    def digest(self) -> str:
+        """The teacher's digest, or 'none'."""
+        return self.store.attributes["teacher"] if self.store else NO_TEACHER
+
+    def require(self, rows: np.ndarray) -> None:
+        """Raise IncompleteCacheError unless every table row has logits in every view."""
+        for view in range(self.n_views if self.store else 0):
+            missing = rows[~self.store.has(self.cache_rows[rows], view)]
+            if len(missing):
+                raise IncompleteCacheError(
+                    f"{self.store.path}: {len(missing)} training clips have no logits in view "
+                    f"{view}. Run karmma train-teacher again."
+                )
+
+    def logits(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray] | None:
+        """Return logits head -> [n, N_h] of table rows in a view, None without a teacher; a gap raises."""
+        return self.store.read(self.cache_rows[rows], view) if self.store else None
+
+
+def find_teacher(cache: Cache | None, table: ClipTable, data: DataConfig, config: StudentConfig) -> CachedTeacher:
+    """Return the teacher that config.teacher names, or the only one in the cache.
+
+    Raises CacheError if there is none or several, StaleCacheError if it saw other inputs or classes than asked for.
+    """
+    if cache is None or config.teacher == NO_TEACHER:
+        return CachedTeacher(None, np.arange(table.n_clips))
+    names = {path.stem: path for path in sorted((cache.path / "logits").glob("*.zarr"))}
+    if config.teacher is not None:
+        wanted = Path(config.teacher).name
+        names = {
+            name: path for name, path in names.items() if wanted in (name, LogitStore.open(path).attributes["run"])
+        }
+        if not names:
+            raise CacheError(
+                f"{cache.path}: no logits of a teacher {config.teacher!r}. "
+                f"{nearest(wanted, [path.stem for path in (cache.path / 'logits').glob('*.zarr')])}"
+            )
+    if not names:
+        raise CacheError(
+            f"{cache.path}: no teacher here. Run karmma train-teacher --cache {cache.path}, "
+            "or distill with --teacher none."
+        )
+    if len(names) > 1:
+        raise CacheError(
+            f"{cache.path}: {len(names)} teachers here: {', '.join(_named(names))}. Choose one with --teacher."
+        )
+    store = LogitStore.open(next(iter(names.values())))
+    _require_same(store, table, data)
+    return CachedTeacher(store, cache.rows(table.clip_ids))
+
+
+def _named(names: dict[str, Path]) -> list[str]:
+    return [f"{name} ({LogitStore.open(path).attributes['run']})" for name, path in names.items()]
+
+
+def _require_same(store: LogitStore, table: ClipTable, data: DataConfig) -> None:
+    """Refuse a teacher that saw the clips otherwise than the student would."""
+    wanted: dict[str, Any] = {head: list(table.classes(head)) for head in data.heads}
+    said = differences(store.attributes["classes"], wanted, "classes.")
+    for modality, found in store.attributes["inputs"].items():
+        said += differences(found, input_identity(modality, data), f"{modality}.")
+    if said:
+        raise StaleCacheError(
+            f"{store.path}: this teacher saw other clips: {'; '.join(said)}. "
+            "Train a teacher under these settings, or use the teacher's."
+        )
+
+
+def known_present(
+    cache: Cache | None, table: ClipTable, data: DataConfig, modalities: tuple[str, ...]
+) -> np.ndarray | None:
+    """Return which modalities each clip has, present [N, M] bool, if the cache knows it of all of them, else None."""
+    if cache is None:
+        return None
+    columns = []
+    for modality in modalities:
+        stores = fitting_stores(cache, modality, data).values()
+        whole = [store for store in stores if n_unwritten(cache, table, store) == 0]
+        if not whole:
+            return None
+        columns.append(whole[0].state(cache.rows(table.clip_ids), 0) == PRESENT)
+    return np.stack(columns, axis=1)
