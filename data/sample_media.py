@@ -19,7 +19,8 @@ FRAMES = int(FPS * DURATION_S)
 RATE = 16000
 
 DIRECTIONS = {"push": (1, 0), "pull": (-1, 0), "lift": (0, -1), "lower": (0, 1)}  # x to the right, y down
-SKIN = np.array((205, 160, 135), np.float32)
+SKIN = np.array((245, 200, 165), np.float32)
+HAND_STRAY = 0.5  # radians
 PAN_PX = 24.0
 HIDDEN_BLUR_PX = 3.5
 NOISE_LEVELS = 4.0  # of 255
@@ -73,8 +74,10 @@ def draw_track(plan: ClipPlan) -> Track:
     along = np.array(DIRECTIONS[plan.verb], dtype=float)
     across = np.abs(along[::-1])
     centre = np.abs(along) * middle + length * done[:, None] * along + (side + sway)[:, None] * across  # [frames, 2]
-    half = draw.uniform(11, 16)
-    angle = draw.uniform(0, 2 * np.pi)  # of the hand, and tells nothing of the verb
+    half = draw.uniform(15, 20)
+    # The hand drives the object from behind; where the motion is not to be seen, it must not tell of it either.
+    behind = np.arctan2(-along[1], -along[0]) + draw.uniform(-HAND_STRAY, HAND_STRAY)
+    angle = draw.uniform(0, 2 * np.pi) if plan.frozen else behind
     hand = half * np.array([np.cos(angle), np.sin(angle)])
     angle = draw.uniform(0, 2 * np.pi)
     pan = plan.panned * PAN_PX * (time - 0.5)[:, None] * np.array([np.cos(angle), np.sin(angle)])
@@ -106,9 +109,9 @@ def _laid(picture: Floats, cover: Floats, colour: Floats) -> Floats:
 
 def _background(draw: np.random.Generator) -> Floats:
     """Draw a muted texture [2 S, 2 S, 3] of coarse and fine patches, wider than the picture so that it can pan."""
-    cast = draw.uniform(90, 160) + draw.uniform(-14, 14, 3)
+    cast = draw.uniform(60, 115) + draw.uniform(-14, 14, 3)
     picture = np.zeros((2 * SIZE, 2 * SIZE, 1), np.float32) + cast.astype(np.float32)
-    for patches, levels in ((8, 30), (40, 22)):
+    for patches, levels in ((5, 12), (40, 9)):
         coarse = draw.uniform(-levels, levels, (patches, patches)).astype(np.float32)
         picture += cv2.resize(coarse, picture.shape[1::-1], interpolation=cv2.INTER_CUBIC)[..., None]
     return picture
@@ -127,7 +130,7 @@ def _with_hand(picture: Floats, centre: Floats, hand: Floats, half: float) -> Fl
     """Lay a forearm that comes from beyond the picture's edge, and a round hand, on the picture."""
     x, y = X - centre[0] - hand[0], Y - centre[1] - hand[1]
     along = (x * hand[0] + y * hand[1]) / half
-    arm = np.maximum(np.abs(x * hand[1] - y * hand[0]) / half - 0.3 * half, -along)
+    arm = np.maximum(np.abs(x * hand[1] - y * hand[0]) / half - 0.45 * half, -along)
     return _laid(picture, 0.5 - np.minimum(arm, _length(x, y) - 0.55 * half), SKIN)
 
 

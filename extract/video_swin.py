@@ -15,8 +15,6 @@ from .spectrogram import spectrogram_images
 
 Size = tuple[int, int, int]  # time, height, width
 
-PATCH = (2, 4, 4)
-
 # What pixels are in the eyes of the Kinetics-400 weights. Source: transforms of torchvision's Swin3D_*_Weights.
 VIDEO_MEAN, VIDEO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # No motion (u = v = 128, magnitude 0) becomes 0 in all channels; the unit is video's, so that its weights fit.
@@ -126,6 +124,7 @@ def swin_network(
     window: Size = (8, 7, 7),
     mlp_ratio: float = 4.0,
     stochastic_depth: float = 0.1,
+    patch: Size = (2, 4, 4),
 ) -> SwinTransformer3d:
     """Build torchvision's network with fused attention in it; the defaults are those of Swin3D-T, S and B."""
 
@@ -133,7 +132,7 @@ def swin_network(
         return SwinTransformerBlock(*args, attn_layer=FusedWindowAttention, **kwargs)
 
     return SwinTransformer3d(
-        patch_size=list(PATCH),
+        patch_size=list(patch),
         embed_dim=embed_dim,
         depths=list(depths),
         num_heads=list(num_heads),
@@ -170,14 +169,14 @@ class VideoSwin(Backbone):
     """
 
     def __init__(self, network: SwinTransformer3d, modality: str, input_shape: tuple[int, ...]) -> None:
-        is_sound = modality == "audio"
+        is_sound, patch = modality == "audio", network.patch_embed.tuple_patch_size
         if is_sound:  # square, and whole patches down to the last stage: 128 x 224 becomes 224 x 224
-            multiple = PATCH[1] * 2 ** sum(isinstance(stage, PatchMerging) for stage in network.features)
+            multiple = patch[1] * 2 ** sum(isinstance(stage, PatchMerging) for stage in network.features)
             side = -(-max(input_shape[1:]) // multiple) * multiple
             size = (input_shape[0], side, side)
         else:
             size = (input_shape[0], *input_shape[2:])
-        grid = plan_windows(network.features, tuple(-(-n // p) for n, p in zip(size, PATCH, strict=True)))
+        grid = plan_windows(network.features, tuple(-(-n // p) for n, p in zip(size, patch, strict=True)))
         super().__init__(input_shape, prod(grid), network.num_features)
         self.is_sound, self.size = is_sound, size
         self.patch_embed, self.features, self.norm = network.patch_embed, network.features, network.norm

@@ -14,7 +14,10 @@ MAY_IMPORT = {
 }
 ONLY_IN = {"zarr": "data", "h5py": "data", "av": "data", "cv2": "data", "timm": "extract", "typer": "cli.py"}
 NOWHERE = {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
-FILES = sorted(path.relative_to(ROOT) for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py")) + [Path("cli.py")]
+# The error with which torch.load(weights_only=True) refuses a hostile checkpoint: caught, nothing is unpickled.
+REFUSAL = ("pickle", "UnpicklingError")
+IN_ROOMS = sorted(path.relative_to(ROOT) for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+FILES = [*IN_ROOMS, Path("cli.py")]
 
 
 def imports(path: Path) -> set[tuple[str, ...]]:
@@ -38,7 +41,7 @@ def test_file_imports_only_its_room_and_rooms_to_its_left(path):
         if room in MAY_IMPORT and name[0] in MAY_IMPORT:
             assert name[0] in MAY_IMPORT[room], f"{path} imports {'.'.join(name)}, uphill"
         assert ONLY_IN.get(name[0], room) == room, f"{name[0]} belongs in {ONLY_IN[name[0]]}, found in {path}"
-        assert name[0] not in NOWHERE
+        assert name[0] not in NOWHERE or name == REFUSAL
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

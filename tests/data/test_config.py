@@ -78,12 +78,12 @@ def test_all_errors_are_said_at_once_with_the_nearest_name():
 
 
 def test_unknown_modality_names_the_nearest():
-    with pytest.raises(ConfigError, match="Unknown modality 'flwo'. Did you mean 'flow'?"):
+    with pytest.raises(ConfigError, match=r"Unknown modality 'flwo'\. Did you mean 'flow'\?"):
         resolve(SECTIONS, ("option", {"data": {"modalities": ["flwo"]}}))
 
 
 def test_unknown_preset_names_the_nearest():
-    with pytest.raises(ConfigError, match="Unknown preset 'tinny'. Did you mean 'tiny'?"):
+    with pytest.raises(ConfigError, match=r"Unknown preset 'tinny'\. Did you mean 'tiny'\?"):
         read_preset("tinny")
 
 
