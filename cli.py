@@ -126,7 +126,7 @@ def with_options(*places: str) -> Callable[[Callable], Callable]:
 
 def _general(
     *,
-    config: Annotated[Path | None, typer.Option(help="Settings file [default: ./karmma.toml]")] = None,
+    config: Annotated[Path | None, typer.Option(help="settings file (default ./karmma.toml)")] = None,
     preset: Annotated[str | None, typer.Option(help="tiny or paper")] = None,
     assignments: Annotated[list[str], typer.Option("--set", help="section.field=value, for any setting")] = [],  # noqa: B006
 ) -> None:
@@ -143,7 +143,7 @@ def _option(name: str, info: Any) -> inspect.Parameter:
     flag = "--modality" if name == "modalities" else "--" + name.replace("_", "-")
     kind: Any = bool if info.annotation is bool else list[str] if name == "modalities" else str
     flag = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    told = f"{info.description} [default: {info.default}; {info.json_schema_extra['source']}]"
+    told = f"{info.description} (default {info.default}; {info.json_schema_extra['source']})"
     annotation = Annotated[kind | None, typer.Option(flag, help=told, show_default=False)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -208,7 +208,7 @@ def print_result(run: Path, result: dict[str, Any], was_there: bool) -> None:
 @app.command("evaluate")
 @with_options("data.table", "data.runs")
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="Run folder of a student [default: the latest]")] = None,
+    run: Annotated[Path | None, typer.Argument(help="run folder of a student (default: the latest)")] = None,
     *,
     settings: Settings,
     split: Annotated[str, typer.Option(help="train, val or test")] = "test",

@@ -99,7 +99,7 @@ class Cache:
         if unknown:
             raise IncompleteCacheError(
                 f"{self.path}: {len(unknown)} clip(s) of the table are not in the cache, such as "
-                f"{unknown[0]!r}. Run karmma extract again."
+                f"{str(unknown[0])!r}. Run karmma extract again."
             )
         return np.array([self._row_of[clip_id] for clip_id in clip_ids], np.int64)
 

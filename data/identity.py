@@ -60,9 +60,11 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
 
 def tensors_digest(tensors: "Mapping[str, Tensor]") -> str:
     """Return 16 hex digits over names, dtypes, shapes and bytes of a state dict, whatever its order."""
+    import torch
+
     found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        # As bytes: NumPy has no bfloat16.
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Raised by hand whenever the same seed would give other files.
-GENERATOR = 2
+GENERATOR = 1
 
 VERBS = ("push", "pull", "lift", "lower")
 NOUNS = ("ball", "box", "tent", "kite", "cross", "ring")
@@ -33,14 +33,14 @@ STEPS = (0.7548776662466927, 0.5698402909980532)
 
 # Stretches of those draws.  Where two of them overlap (1% and 2%), hardly any modality that knows the head is intact.
 LOOK_HIDDEN = (0.00, 0.26)  # noun: blurred and without colour
-SOUND_DROWNED = (0.25, 0.41)  # noun: noise only
-SOUND_OF_OTHERS = (0.41, 0.51)  # noun: two other objects are heard instead
-SOUND_ABSENT = (0.51, 0.59)  # noun: the file has no sound track
+SOUND_DROWNED = (0.25, 0.44)  # noun: noise only
+SOUND_OF_OTHERS = (0.44, 0.56)  # noun: two other objects are heard instead
+SOUND_ABSENT = (0.56, 0.64)  # noun: the file has no sound track
 VIDEO_FROZEN = (0.00, 0.12)  # verb: one frame repeated
 VIDEO_COVERED = (0.12, 0.20)  # verb and look: a board in front of nearly everything
-BOXES_STILL = (0.18, 0.27)  # verb: the boxes follow a thing that stays where it is
-BOXES_ASTRAY = (0.27, 0.36)  # verb: the boxes wander about
-BOXES_ABSENT = (0.36, 0.42)  # verb: no box file
+BOXES_STILL = (0.18, 0.30)  # verb: the boxes follow a thing that stays where it is
+BOXES_ASTRAY = (0.30, 0.48)  # verb: the boxes wander about
+BOXES_ABSENT = (0.48, 0.54)  # verb: no box file
 # Drawn on their own, harmful to flow above all.
 P_PAN, P_DISTRACTOR = 0.20, 0.15
 P_HAND = 0.9

@@ -1,11 +1,13 @@
 """What every backbone promises: one modality's raw batch in, tokens out."""
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from ..data.errors import ConfigError
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A unimodal feature extractor that owns its normalisation, its layout changes and its input size.
 
     input_shape: the shape of one clip's array.  n_tokens: K.  width: D.
@@ -26,6 +28,6 @@ class Backbone(nn.Module):
             )
         return self.tokens(x)
 
+    @abstractmethod
     def tokens(self, x: Tensor) -> Tensor:
         """Compute the tokens of a raw batch of the right shape; every backbone has its own."""
-        raise NotImplementedError

@@ -1,6 +1,5 @@
 """Backbones by name: built under a seed, filled from named or local weights, and told apart by a digest."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from .layout import LayoutTransformer
 from .spectrogram import SpectrogramTransformer
 from .video_swin import VideoSwin, swin_network
 
-__all__ = ["BACKBONES", "Backbone", "build_backbone", "weights_digest"]
+__all__ = ["BACKBONES", "Backbone", "build_backbone"]
 
 SHAPES = {"video": "[T, 3, H, W]", "flow": "[T, 3, H, W]", "audio": "[T, mels, steps]", "detections": "[T, n, 6]"}
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -97,15 +96,6 @@ def build_backbone(
     if state is not None:
         _fill(backbone, state, f"weights {weights!r} for {name}")
     return backbone
-
-
-def weights_digest(backbone: Backbone) -> str:
-    """Return 16 hex digits that stand for names, dtypes, shapes and bytes of the whole state dict, in any order."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
 
 
 def _recipe(name: str, modality: str, input_shape: tuple[int, ...]) -> Recipe:

@@ -66,7 +66,7 @@ def require_labels(table: ClipTable, heads: tuple[str, ...]) -> None:
 
 
 def describe_run(table: ClipTable, data: DataConfig, config: TeacherConfig, selection: Selection) -> dict[str, Any]:
-    """Return all that decides a teacher: settings, inputs, tokens, clips and labels; paths and devices are not in it."""
+    """Return all that decides a teacher: settings, inputs, tokens, clips, labels; neither paths nor devices."""
     return {
         "kind": "teacher",
         "settings": config.model_dump(mode="json", exclude={"device", "threads", "tokens"}),

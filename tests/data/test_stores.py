@@ -139,7 +139,8 @@ def logits(tmp_path):
     state = np.array([[1, 1], [2, 2], [1, 0]])
     values["verb"][1], values["verb"][2, 1] = np.nan, np.nan
     values["noun"][1], values["noun"][2, 1] = np.nan, np.nan
-    return LogitStore.write(tmp_path / "t.zarr", values, state, {"classes": {"verb": ["a", "b"], "noun": list("vwxyz")}})
+    classes = {"verb": list("ab"), "noun": list("vwxyz")}
+    return LogitStore.write(tmp_path / "t.zarr", values, state, {"classes": classes})
 
 
 def test_logits_are_read_by_clip_and_view(logits):

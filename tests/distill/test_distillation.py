@@ -1,0 +1,145 @@
+"""Distillation: masks from a seed, views joined to logits, and the right teacher or none."""
+
+import numpy as np
+import pytest
+import torch
+from karmma.data.cache import Cache
+from karmma.data.errors import CacheError, IncompleteCacheError, StaleCacheError
+from karmma.data.identity import input_identity
+from karmma.data.runs import RunFolder
+from karmma.data.stores import LogitStore
+from karmma.distill.distillation import Distillation
+from karmma.distill.losses import kl_divergence
+from karmma.distill.stage import distill_student, evaluate_student
+from karmma.distill.teacher import CachedTeacher, find_teacher
+from karmma.fuse.losses import cross_entropy
+
+N = 24
+WITH_TEACHER = {"teacher": None}
+
+
+def add_teacher(data, table, name="t" * 16, n_views=2, seed=0, **attributes):
+    """Put a teacher's logits into the cache: made up, but of the right shape."""
+    cache = Cache(data.cache)
+    cache.add_clips(table)
+    draw = np.random.default_rng(seed)
+    classes = {head: list(table.classes(head)) for head in data.heads}
+    sizes = {head: (N, n_views, len(names)) for head, names in classes.items()}
+    logits = {head: draw.standard_normal(size).astype(np.float32) for head, size in sizes.items()}
+    state = np.ones((N, n_views))
+    state[table.split != "train", 1:] = 0
+    inputs = {modality: input_identity(modality, data) for modality in data.modalities}
+    about = {"teacher": name, "run": "teacher-made", "classes": classes, "inputs": inputs, "tokens": {}} | attributes
+    LogitStore.write(cache.logits_path(name), logits, state, about)
+    return cache, logits
+
+
+@pytest.fixture
+def course(table, data, config):
+    cache, logits = add_teacher(data, table)
+    teacher = find_teacher(cache, table, data, config.model_copy(update=WITH_TEACHER))
+    course = Distillation(table, data, config, teacher, present=None)
+    course.made = logits
+    return course
+
+
+def test_loss_is_equation_5_on_the_logits_of_the_same_clip_and_view(course):
+    course.student.eval()
+    for epoch in (0, 1, 2):
+        batch = next(iter(course.batches(epoch)))
+        assert batch.view == epoch % 2
+        parts = course.losses(batch)
+        output = course.student(batch.inputs, batch.present)
+        targets = {head: torch.from_numpy(values[batch.rows, batch.view]) for head, values in course.made.items()}
+        ce = cross_entropy(output.logits, {head: labels[batch.rows] for head, labels in course.labels.items()})
+        kl = kl_divergence(output.logits, targets)
+        assert parts["loss"].item() == pytest.approx(0.7 * ce.item() + 0.3 * kl.item(), abs=1e-5)
+
+
+def test_masks_come_from_seed_epoch_and_clip_and_keep_at_least_one(course):
+    first, again, other = course.masks(3), course.masks(3), course.masks(4)
+    train = course.rows["train"]
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert first[train].any(axis=1).all()
+    assert not (first[train] & ~course.present[train]).any()
+    assert (first[train] != course.present[train]).any()
+
+
+def test_batches_read_only_what_the_masks_keep(course):
+    masks = course.masks(0)
+    for batch in course.batches(0):
+        assert batch.present.tolist() == masks[batch.rows].tolist()
+
+
+def test_every_training_clip_is_seen_once_an_epoch(course):
+    seen = np.concatenate([batch.rows for batch in course.batches(1)])
+    assert sorted(seen) == course.rows["train"].tolist()
+
+
+def test_missing_logits_of_a_clip_and_view_raise(course, table):
+    train = table.rows("train")
+    with pytest.raises(IncompleteCacheError):
+        course.teacher.logits(np.array([table.rows("val")[0]]), 1)
+    course.teacher.store._state[train[0], 1] = 0
+    with pytest.raises(IncompleteCacheError, match="1 training clips have no logits in view 1"):
+        course.teacher.require(train)
+
+
+def test_without_teacher_the_loss_is_cross_entropy_alone(table, data, config):
+    course = Distillation(table, data, config, CachedTeacher(None, np.arange(N)), present=None)
+    parts = course.losses(next(iter(course.batches(0))))
+    assert set(parts) == {"loss", "ce"}
+    assert parts["loss"] is parts["ce"]
+
+
+def test_stage_trains_evaluates_and_does_neither_twice(table, data, config):
+    add_teacher(data, table, n_views=1)
+    config = config.model_copy(update=WITH_TEACHER)
+    report = distill_student(table, data, config)
+    assert (report.was_there, report.teacher) == (False, "t" * 16)
+    assert distill_student(table, data, config).was_there
+    run = RunFolder.open(report.run)
+    evaluation, files = evaluate_student(run, table, "test", "cpu")
+    assert [row.subset for row in evaluation.rows] == ["V+A+D", "V+A", "V+D", "A+D", "V", "A", "D"]
+    assert all(file.exists() for file in files)
+    times = [file.stat().st_mtime_ns for file in files]
+    again, _ = evaluate_student(run, table, "test", "cpu")
+    assert again == evaluation
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
+def test_same_seed_gives_the_same_student_bit_by_bit(table, data, config, tmp_path):
+    runs = [distill_student(table, data.model_copy(update={"runs": tmp_path / name}), config).run for name in "ab"]
+    first, second = ((run / "best.safetensors").read_bytes() for run in runs)
+    assert first == second
+
+
+def test_teacher_that_saw_other_views_is_refused_with_the_field(table, data, config):
+    add_teacher(data, table)
+    other = data.model_copy(update={"view_seed": 7})
+    with pytest.raises(StaleCacheError, match=r"video\.view_seed is 0, asked for 7"):
+        distill_student(table, other, config.model_copy(update=WITH_TEACHER))
+
+
+def test_teacher_of_other_classes_is_refused(table, data, config):
+    add_teacher(data, table, classes={"verb": list("abcd"), "noun": list(table.classes("noun"))})
+    with pytest.raises(StaleCacheError, match=r"classes\.verb is \['a', 'b', 'c', 'd'\], asked for \['lift'"):
+        distill_student(table, data, config.model_copy(update=WITH_TEACHER))
+
+
+def test_several_teachers_are_listed_and_one_can_be_chosen(table, data, config):
+    add_teacher(data, table, name="a" * 16)
+    cache, _ = add_teacher(data, table, name="b" * 16, run="teacher-b")
+    with pytest.raises(CacheError, match=r"2 teachers here: a{16} \(teacher-made\), b{16} \(teacher-b\).*--teacher"):
+        find_teacher(cache, table, data, config.model_copy(update=WITH_TEACHER))
+    for name in ("b" * 16, "teacher-b", "runs/teacher-b"):
+        assert find_teacher(cache, table, data, config.model_copy(update={"teacher": name})).digest == "b" * 16
+    with pytest.raises(CacheError, match="no logits of a teacher 'c'"):
+        find_teacher(cache, table, data, config.model_copy(update={"teacher": "c"}))
+
+
+def test_cache_without_teacher_says_what_to_run(table, data, config):
+    Cache(data.cache).add_clips(table)
+    with pytest.raises(CacheError, match=r"no teacher here\. Run karmma train-teacher"):
+        distill_student(table, data, config.model_copy(update=WITH_TEACHER))

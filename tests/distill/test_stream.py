@@ -1,0 +1,101 @@
+"""Raw clips for the student: what is wanted is read, what is not is not, and nothing is replaced."""
+
+import numpy as np
+import pytest
+import torch
+from karmma.data.annotations import read_clip_table
+from karmma.data.errors import MediaError
+from karmma.data.raw import read_clip
+from karmma.data.views import draw_view
+from karmma.distill import stream as module
+from karmma.distill.stream import ClipStream
+
+M = ("video", "audio", "detections")
+
+
+def test_batch_holds_the_arrays_of_the_wanted_modalities_in_order(table, data):
+    wanted = np.array([[True, False, True], [True, True, False]])
+    (batch,) = ClipStream(table, data, M).batches([(np.array([3, 5]), wanted)], view=1)
+    clips = [table.clip(row) for row in (3, 5)]
+    found = [read_clip(clip, draw_view(clip.clip_id, 1, data), M, data) for clip in clips]
+    assert batch.rows.tolist() == [3, 5]
+    assert batch.view == 1
+    assert torch.equal(batch.inputs["video"], torch.from_numpy(np.stack([f["video"].array for f in found])))
+    assert torch.equal(batch.inputs["audio"], torch.from_numpy(found[1]["audio"].array[None]))
+    assert torch.equal(batch.inputs["detections"], torch.from_numpy(found[0]["detections"].array[None]))
+    assert batch.present.tolist() == wanted.tolist()
+
+
+def test_dropped_modality_is_not_even_decoded(table, data, monkeypatch):
+    asked = []
+
+    def watch(clip, view, modalities, settings):
+        asked.append(modalities)
+        return read_clip(clip, view, modalities, settings)
+
+    monkeypatch.setattr(module, "read_clip", watch)
+    plan = [(np.array([0, 1]), np.array([[False, True, False], [True, False, False]]))]
+    list(ClipStream(table, data, M).batches(plan, 0))
+    assert sorted(asked) == [("audio",), ("video",)]
+
+
+def test_second_reading_comes_from_memory_and_is_equal(table, data, monkeypatch):
+    plan = [(np.arange(6), np.ones((6, 3), bool))]
+    stream = ClipStream(table, data, M, cache_mb=64)
+    (first,) = stream.batches(plan, 0)
+    monkeypatch.setattr(module, "read_clip", None)
+    (second,) = stream.batches(plan, 0)
+    assert all(torch.equal(first.inputs[m], second.inputs[m]) for m in M)
+    assert torch.equal(first.present, second.present)
+
+
+def test_memory_is_bounded(table, data):
+    stream = ClipStream(table, data, ("video",), cache_mb=0)
+    list(stream.batches([(np.arange(4), np.ones((4, 1), bool))], 0))
+    assert not stream._held
+    stream._room = 2 * 4 * 3 * 32 * 32  # two clips
+    list(stream.batches([(np.arange(4), np.ones((4, 1), bool))], 0))
+    assert len(stream._held) == 2
+
+
+def test_absent_modality_is_not_present(table, data, sample, tmp_path):
+    text = (sample / "clips.csv").read_text().splitlines()
+    cells = text[1].split(",")
+    cells[1], cells[-1] = str(sample / cells[1]), ""
+    (tmp_path / "t.csv").write_text("\n".join([text[0], ",".join(cells)]) + "\n")
+    one = read_clip_table(tmp_path / "t.csv", data.heads)
+    (batch,) = ClipStream(one, data, M).batches([(np.array([0]), np.ones((1, 3), bool))], 0)
+    assert batch.present[0, 2].item() is False
+    assert "detections" not in batch.inputs
+
+
+@pytest.fixture
+def broken(sample, data, tmp_path):
+    """A table whose second clip is no video."""
+    lines = (sample / "clips.csv").read_text().splitlines()[:4]
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    lines = [line.replace("videos/", f"{sample}/videos/").replace("boxes/", f"{sample}/boxes/") for line in lines]
+    lines[2] = lines[2].replace(f"{sample}/videos/clip_0001.mp4", "bad.mp4")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    return read_clip_table(tmp_path / "t.csv", data.heads)
+
+
+def test_clip_that_fails_stops_the_reading_by_name(broken, data):
+    with pytest.raises(MediaError, match=r"clip_0001: video failed: .*bad\.mp4.*--allow-failures 1"):
+        list(ClipStream(broken, data, ("video",)).batches([(np.arange(3), np.ones((3, 1), bool))], 0))
+
+
+def test_allowed_failure_leaves_the_batch_and_is_never_replaced(broken, data):
+    stream = ClipStream(broken, data, ("video",), allow_failures=1)
+    (batch,) = stream.batches([(np.arange(3), np.ones((3, 1), bool))], 0)
+    assert batch.rows.tolist() == [0, 2]
+    assert len(batch.inputs["video"]) == 2
+    assert list(stream.failed) == ["clip_0001"]
+
+
+def test_survey_tells_what_every_clip_has(table, data):
+    found = ClipStream(table, data, M).survey(np.arange(24))
+    for row in range(24):
+        clip = table.clip(row)
+        states = read_clip(clip, draw_view(clip.clip_id, 0, data), M, data)
+        assert found[row].tolist() == [states[m].state == 1 for m in M]

@@ -1,0 +1,131 @@
+"""The teacher's stage on made-up tokens: trained where there is no video and no backbone."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from karmma.data.errors import CacheError, IncompleteCacheError, StaleCacheError, TableError
+from karmma.data.modality import FAILED
+from karmma.data.runs import RunFolder
+from karmma.data.stores import LogitStore
+from karmma.fuse.config import TeacherConfig
+from karmma.fuse.model import build_fusion
+from karmma.fuse.stage import train_teacher
+
+TINY = TeacherConfig(
+    embed_dim=16, ffn_dim=16, n_layers=1, n_attention_heads=2, attention_dropout=0.0, epochs=15, warmup_epochs=2,
+    batch_size=4, max_lr=1e-2, threads=1,
+)  # fmt: skip
+
+
+def test_teacher_learns_what_the_tokens_show(made):
+    report = train_teacher(made.table, made.data, TINY)
+    assert report.modalities == ("video", "audio")
+    assert report.result["val"]["action"] == 1.0
+    metrics = RunFolder.open(report.run).metrics()
+    assert len(metrics) == 15
+    assert metrics[-1]["loss"] < metrics[0]["loss"] / 2
+    assert all(0 <= record["waiting_share"] <= 1 for record in metrics)
+
+
+def test_logits_are_those_of_the_best_weights_on_the_cached_tokens(made):
+    report = train_teacher(made.table, made.data, TINY)
+    model = build_fusion({"video": 4, "audio": 4}, {"video": 3, "audio": 3}, {"verb": 2, "noun": 3}, TINY).eval()
+    model.load_state_dict(RunFolder.open(report.run).load_checkpoint("best"))
+    names = RunFolder.open(report.run).config["tokens"]
+    tokens = {}
+    for modality, name in names.items():
+        from karmma.data.stores import TokenStore
+
+        stored = TokenStore.open(made.cache.tokens_path(modality, name)).read(np.arange(24), 0)
+        tokens[modality] = torch.from_numpy(stored).float()
+    present = ~torch.stack([tokens[m].isnan().any(-1).any(-1) for m in ("video", "audio")], 1)
+    assert present.tolist()[2] == [True, False]
+    with torch.inference_mode():
+        expected = model(tokens, present).logits
+    store = LogitStore.open(report.logits)
+    found = store.read(np.arange(24), 0)
+    for head in ("verb", "noun"):
+        assert np.allclose(found[head], expected[head].numpy(), atol=1e-5)
+    assert store.attributes["teacher"] == report.result["teacher"] == report.logits.stem
+
+
+def test_same_call_again_does_nothing_and_other_settings_make_another_run(made):
+    first = train_teacher(made.table, made.data, TINY)
+    again = train_teacher(made.table, made.data, TINY)
+    other = train_teacher(made.table, made.data, TINY.model_copy(update={"seed": 1}))
+    assert (first.was_there, again.was_there, other.was_there) == (False, True, False)
+    assert again.run == first.run != other.run
+
+
+def test_same_seed_gives_the_same_weights_bit_by_bit(made, tmp_path):
+    first = train_teacher(made.table, made.data, TINY)
+    elsewhere = made.data.model_copy(update={"runs": tmp_path / "elsewhere"})
+    second = train_teacher(made.table, elsewhere, TINY)
+    assert not second.was_there
+    assert first.result["teacher"] == second.result["teacher"]
+
+
+def test_modality_that_is_not_complete_is_left_out_and_said(made):
+    data = made.data.model_copy(update={"modalities": ("video", "flow", "audio")})
+    report = train_teacher(made.table, data, TINY)
+    assert report.modalities == ("video", "audio")
+    assert report.left_out == {"flow": "24 of 24 clips are not extracted"}
+
+
+def test_two_complete_sets_of_tokens_are_listed_and_one_can_be_chosen(made):
+    name = made.add("video", 0, theta=2)
+    with pytest.raises(CacheError, match=r"2 complete sets of video tokens fit: .*theta is .*teacher\.tokens\.video="):
+        train_teacher(made.table, made.data, TINY)
+    report = train_teacher(made.table, made.data, TINY.model_copy(update={"tokens": {"video": name}}))
+    assert RunFolder.open(report.run).config["tokens"]["video"] == name
+
+
+def test_tokens_of_other_inputs_are_refused_with_the_field(made):
+    data = made.data.model_copy(update={"frames": 16})
+    with pytest.raises(StaleCacheError, match=r"video .* under other settings: input\.frames is 32, asked for 16"):
+        train_teacher(made.table, data, TINY)
+
+
+def test_failed_clips_block_unless_they_are_allowed(made):
+    name = made.add("audio", 1, theta=2, states={5: FAILED})
+    config = TINY.model_copy(update={"tokens": {"audio": name}})
+    with pytest.raises(IncompleteCacheError, match=r"audio of 1 clip\(s\) failed.*c5: broken.*--allow-failures 1"):
+        train_teacher(made.table, made.data, config)
+    assert train_teacher(made.table, made.data, config.model_copy(update={"allow_failures": 1})).result["val"]
+
+
+def test_clips_that_the_cache_has_never_seen_are_named(made, tmp_path):
+    from karmma.data.annotations import read_clip_table
+
+    text = (tmp_path / "clips.csv").read_text() + "new,v.mp4,train,a,x\n"
+    (tmp_path / "more.csv").write_text(text)
+    with pytest.raises(IncompleteCacheError, match=r"1 clip\(s\) of the table are not in the cache, such as 'new'"):
+        train_teacher(read_clip_table(tmp_path / "more.csv", made.data.heads), made.data, TINY)
+
+
+def test_table_without_labelled_validation_clips_is_refused(made, tmp_path):
+    from karmma.data.annotations import read_clip_table
+
+    (tmp_path / "t.csv").write_text((tmp_path / "clips.csv").read_text().replace(",val,", ",train,"))
+    with pytest.raises(TableError, match="no clip of split 'val' has a label in column 'verb'"):
+        train_teacher(read_clip_table(tmp_path / "t.csv", made.data.heads), made.data, TINY)
+
+
+def test_every_strategy_for_missing_modalities_trains(made):
+    for missing in ("B.1", "B.2", "B.3", "B.4", "B.5"):
+        config = TINY.model_copy(update={"missing": missing, "epochs": 2, "warmup_epochs": 1})
+        assert np.isfinite(train_teacher(made.table, made.data, config).result["val"]["loss"])
+
+
+def test_teacher_trains_without_video_libraries_and_backbones(made):
+    code = (
+        "import sys\n"
+        "for name in ('av', 'cv2', 'timm', 'torchvision'): sys.modules[name] = None\n"
+        "import karmma.fuse.teacher, karmma.fuse.stage\n"
+        "assert not [name for name in sys.modules if name.startswith('karmma.extract')]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

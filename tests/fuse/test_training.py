@@ -1,0 +1,87 @@
+"""The training loop: rates, records, and what it refuses."""
+
+import pytest
+import torch
+from karmma.data.errors import RunError
+from karmma.data.runs import RunFolder
+from karmma.fuse.config import TeacherConfig
+from karmma.fuse.schedule import learning_rate
+from karmma.fuse.training import Waiting, fit, score
+
+
+class Line:
+    """y = 2 x, in four batches an epoch."""
+
+    steps_per_epoch = 4
+
+    def __init__(self, model, poison_at=None):
+        self.model, self.seen, self.poison_at = model, 0, poison_at
+
+    def batches(self, epoch):
+        for step in range(self.steps_per_epoch):
+            yield type("Batch", (), {"rows": [0, 1], "x": torch.tensor([[1.0 + step], [-2.0]])})
+
+    def losses(self, batch):
+        self.seen += 1
+        loss = ((self.model(batch.x) - 2 * batch.x) ** 2).mean()
+        return {"loss": loss * (float("nan") if self.seen == self.poison_at else 1), "mse": loss.detach()}
+
+    def validate(self):
+        loss = (self.model.weight - 2).abs().item()
+        return {"action": 1.0 if loss < 0.5 else 0.0, "loss": loss}
+
+
+CONFIG = TeacherConfig(epochs=30, warmup_epochs=3, max_lr=0.3, min_lr=1e-3, weight_decay=0.0)
+
+
+def trained(tmp_path, **poison):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1, bias=False)
+    run = RunFolder(tmp_path / "run")
+    run.start({})
+    return fit(model, Line(model, **poison), CONFIG, run), model, run
+
+
+def test_loop_reaches_the_minimum_and_keeps_the_best_epoch(tmp_path):
+    best, model, run = trained(tmp_path)
+    assert abs(model.weight.item() - 2) < 0.05
+    records = run.metrics()
+    assert best["epoch"] == max(records, key=lambda record: score(record["val"]))["epoch"]
+    assert abs(run.load_checkpoint("best")["weight"].item() - 2) == pytest.approx(best["val"]["loss"])
+    assert run.load_checkpoint("last")["weight"].item() == model.weight.item()
+
+
+def test_record_holds_the_rate_of_the_last_step_and_the_mean_of_every_loss_part(tmp_path):
+    _, _, run = trained(tmp_path)
+    for record in run.metrics():
+        step = record["epoch"] * 4 + 3
+        settings = {"max_lr": 0.3, "min_lr": 1e-3, "warmup_epochs": 3, "epochs": 30}
+        assert record["lr"] == pytest.approx(learning_rate(step, 4, **settings))
+        assert record["loss"] == pytest.approx(record["mse"])
+        assert record["clips_per_s"] > 0
+
+
+def test_loss_that_is_not_finite_stops_the_run_with_the_step(tmp_path):
+    with pytest.raises(RunError, match=r"Epoch 1, step 2: the loss is nan\. Lower max_lr \(now 0\.3\)"):
+        trained(tmp_path, poison_at=7)
+    assert not RunFolder(tmp_path / "run").is_finished
+
+
+def test_best_is_the_higher_action_accuracy_then_the_lower_loss():
+    assert score({"action": 0.5, "loss": 2.0}) > score({"action": 0.4, "loss": 0.1})
+    assert score({"action": 0.5, "loss": 1.0}) > score({"action": 0.5, "loss": 2.0})
+
+
+def test_waiting_counts_only_the_time_before_a_batch(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("karmma.fuse.training.time.perf_counter", lambda: clock[0])
+
+    def slow():
+        for _ in range(3):
+            clock[0] += 2
+            yield 1
+
+    waiting = Waiting()
+    for _ in waiting.over(slow()):
+        clock[0] += 5
+    assert waiting.seconds == 6

@@ -1,0 +1,92 @@
+"""The command line: options from config fields, exit codes, and one clear line for every error of the user's."""
+
+import pytest
+from karmma import cli
+from karmma.data.sample import write_sample
+
+TABLE = "clip_id,video,split,verb,noun\na,a.mp4,train,push,ball\nb,b.mp4,val,pull,box\n"
+
+
+def run(monkeypatch, capsys, *args):
+    """Run a command in this process; return exit code, stdout and stderr."""
+    monkeypatch.setattr("sys.argv", ["karmma", *args])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "err", cli.Console(stderr=True, highlight=False, width=200))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("extract", "--table", "no.csv"), "TableError: no.csv: no such clip table"),
+        (("extract", "--config", "no.toml"), "ConfigError: no.toml: no such settings file"),
+        (("extract", "--table", "t.csv", "--preset", "tinny"), "Unknown preset 'tinny'. Did you mean 'tiny'?"),
+        (("extract", "--table", "t.csv", "--modality", "flwo"), "Unknown modality 'flwo'. Did you mean 'flow'?"),
+        (("extract", "--table", "t.csv", "--frames", "many"), "option: data.frames = 'many'"),
+        (("extract", "--table", "t.csv", "--set", "extract.thetta=1"), "Did you mean 'theta'?"),
+        (("extract", "--table", "empty.csv"), "no rows below the header"),
+        (("extract", "--table", "t.csv", "--heads", "vreb"), "no column 'vreb'. Did you mean 'verb'?"),
+        (("train-teacher", "--table", "t.csv", "--cache", "none"), "none: no cache here. Run karmma extract"),
+        (("distill", "--table", "t.csv"), "cache: no cache here"),
+        (("evaluate", "--table", "t.csv"), "runs: no finished student here. Run karmma distill"),
+        (("evaluate", "none", "--table", "t.csv"), "none: no run here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_error_is_one_clear_line_and_exit_code_1(here, monkeypatch, capsys, args, said):
+    (here / "t.csv").write_text(TABLE)
+    (here / "empty.csv").write_text(TABLE.splitlines()[0] + "\n")
+    code, _, err = run(monkeypatch, capsys, *args)
+    assert said in err
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_unknown_option_is_wrong_usage(here, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "extract", "--thetta", "3")
+    assert code == 2
+    assert "No such option: --thetta" in err
+
+
+def test_every_plain_field_is_an_option_and_help_names_its_source(here, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    for command, sections in {"extract": ("data", "extract"), "distill": ("data", "student")}.items():
+        code, out, _ = run(monkeypatch, capsys, command, "--help")
+        assert code == 0
+        for section in sections:
+            for name, field in cli.SECTIONS[section].model_fields.items():
+                if cli._is_plain(field.annotation) and name != "modalities":
+                    assert "--" + name.replace("_", "-") in out, name
+    assert "paper, sec. 4" in out
+
+
+def test_without_settings_the_sample_data_is_used_and_said(here, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "write_sample", lambda folder, progress: write_sample(folder, n_clips=24))
+    settings = cli.Settings(None, None, [], {})
+    assert "using the sample data in ./karmma-sample" in capsys.readouterr().err
+    assert settings.data.table.name == "clips.csv"
+    assert settings.data.frames == 8
+    assert settings.table().n_clips == 24
+
+
+def test_settings_file_in_the_working_folder_is_found_and_options_override_it(here):
+    (here / "t.csv").write_text(TABLE)
+    (here / "karmma.toml").write_text('preset = "tiny"\n[data]\ntable = "t.csv"\nframes = 4\n[student]\nepochs = 7\n')
+    settings = cli.Settings(None, None, ["student.batch_size=3"], {"data": {"size": "32"}})
+    assert (settings.data.frames, settings.data.size) == (4, 32)
+    assert (settings.student.epochs, settings.student.batch_size) == (7, 3)
+
+
+def test_preset_option_wins_over_the_preset_of_the_file(here):
+    (here / "t.csv").write_text(TABLE)
+    (here / "karmma.toml").write_text('preset = "tiny"\n[data]\ntable = "t.csv"\n')
+    assert cli.Settings(None, "paper", [], {}).data.frames == 32
