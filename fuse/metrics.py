@@ -25,8 +25,9 @@ def accuracy(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict
     """
     hits = {head: classes == labels[head] for head, classes in predictions(logits).items()}
     labelled = {head: labels[head] != UNLABELLED for head in logits}
-    joint = _share(_all(hits), _all(labelled))
-    return {ACTION: joint} | {head: _share(hits[head], labelled[head]) for head in logits}
+    found = {head: _share(hits[head], labelled[head]) for head in logits}
+    found.setdefault(ACTION, _share(_all(hits), _all(labelled)))
+    return found
 
 
 def topk_accuracy(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], k: int = 5) -> dict[str, float]:
@@ -61,8 +62,9 @@ def majority(labels: Mapping[str, Tensor]) -> dict[str, float]:
     labels: head -> [B], -1 = unlabelled. No constant guess does better on these clips. NaN where none is labelled.
     """
     heads = torch.stack(list(labels.values()), dim=1)  # [B, heads]
-    joint = _commonest(heads)
-    return {ACTION: joint} | {head: _commonest(classes[:, None]) for head, classes in labels.items()}
+    found = {head: _commonest(classes[:, None]) for head, classes in labels.items()}
+    found.setdefault(ACTION, _commonest(heads))
+    return found
 
 
 def wilson_bounds(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:

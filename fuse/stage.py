@@ -55,7 +55,13 @@ def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> 
 
 
 def require_labels(table: ClipTable, heads: tuple[str, ...]) -> None:
-    """Raise TableError unless train and val each have a clip labelled in every head."""
+    """Raise TableError unless every head has two classes, and train and val each a clip labelled in it."""
+    for head in heads:
+        if len(table.classes(head)) < 2:
+            raise TableError(
+                f"{table.path}: column {head!r} has {len(table.classes(head))} class(es), expected two or more. "
+                "Label more clips, or name other columns with --heads."
+            )
     for split in ("train", "val"):
         for head in heads:
             if not (table.labels(head)[table.rows(split)] >= 0).any():

@@ -1,6 +1,7 @@
 """The training loop that teacher and student share: steps, learning rate, logs, checkpoints, validation."""
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,8 +64,11 @@ def prepare(config: TrainingConfig) -> torch.device:
 
 
 def score(found: dict[str, float]) -> tuple[float, float]:
-    """Return what the best checkpoint is chosen by: validation action accuracy, then the lower validation loss."""
-    return found["action"], -found["loss"]
+    """Return what the best checkpoint is chosen by: validation action accuracy, then the lower validation loss.
+
+    Where no clip is labelled in every head there is no action accuracy (NaN), and the loss alone decides.
+    """
+    return 0.0 if math.isnan(found["action"]) else found["action"], -found["loss"]
 
 
 def fit(model: nn.Module, course: Course, config: Any, run: RunFolder) -> dict[str, Any]:

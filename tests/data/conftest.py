@@ -1,6 +1,5 @@
 """Small media files made on the spot, and the real ones where they are at hand."""
 
-import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -14,14 +13,9 @@ TICK = Fraction(1, 60_000)
 
 
 @pytest.fixture
-def shared_data() -> Path:
-    """Folder of real clips: $KARMMA_SHARED/data, else ../shared/data beside the repository; skips without it."""
-    named = os.environ.get("KARMMA_SHARED")
-    folder = Path(named or Path(__file__).parents[3] / "shared") / "data"
-    if not folder.is_dir():
-        assert not named, f"KARMMA_SHARED names {named}, which has no folder `data`"
-        pytest.skip("no ../shared/data")
-    return folder
+def shared_data(shared: Path) -> Path:
+    """Folder of the real clips; see `shared`."""
+    return shared / "data"
 
 
 def numbered_picture(number: int) -> np.ndarray:

@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from karmma.data.annotations import read_clip_table
 from karmma.data.errors import CacheError, IncompleteCacheError, StaleCacheError, TableError
 from karmma.data.modality import FAILED
 from karmma.data.runs import RunFolder
-from karmma.data.stores import LogitStore
+from karmma.data.stores import LogitStore, TokenStore
 from karmma.fuse.config import TeacherConfig
 from karmma.fuse.model import build_fusion
 from karmma.fuse.stage import train_teacher
@@ -37,8 +38,6 @@ def test_logits_are_those_of_the_best_weights_on_the_cached_tokens(made):
     names = RunFolder.open(report.run).config["tokens"]
     tokens = {}
     for modality, name in names.items():
-        from karmma.data.stores import TokenStore
-
         stored = TokenStore.open(made.cache.tokens_path(modality, name)).read(np.arange(24), 0)
         tokens[modality] = torch.from_numpy(stored).float()
     present = ~torch.stack([tokens[m].isnan().any(-1).any(-1) for m in ("video", "audio")], 1)
@@ -98,8 +97,6 @@ def test_failed_clips_block_unless_they_are_allowed(made):
 
 
 def test_clips_that_the_cache_has_never_seen_are_named(made, tmp_path):
-    from karmma.data.annotations import read_clip_table
-
     text = (tmp_path / "clips.csv").read_text() + "new,v.mp4,train,a,x\n"
     (tmp_path / "more.csv").write_text(text)
     with pytest.raises(IncompleteCacheError, match=r"1 clip\(s\) of the table are not in the cache, such as 'new'"):
@@ -107,10 +104,14 @@ def test_clips_that_the_cache_has_never_seen_are_named(made, tmp_path):
 
 
 def test_table_without_labelled_validation_clips_is_refused(made, tmp_path):
-    from karmma.data.annotations import read_clip_table
-
     (tmp_path / "t.csv").write_text((tmp_path / "clips.csv").read_text().replace(",val,", ",train,"))
     with pytest.raises(TableError, match="no clip of split 'val' has a label in column 'verb'"):
+        train_teacher(read_clip_table(tmp_path / "t.csv", made.data.heads), made.data, TINY)
+
+
+def test_head_with_one_class_is_refused(made, tmp_path):
+    (tmp_path / "t.csv").write_text((tmp_path / "clips.csv").read_text().replace(",b,", ",a,"))
+    with pytest.raises(TableError, match=r"column 'verb' has 1 class\(es\), expected two or more"):
         train_teacher(read_clip_table(tmp_path / "t.csv", made.data.heads), made.data, TINY)
 
 
