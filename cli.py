@@ -155,10 +155,10 @@ def extract(*, settings: Settings) -> None:
     report = extract_tokens(settings.table(), settings.data, settings.extract)
     for line in report.changes[:5]:
         tell(line)
-    table = Table("modality", "present", "absent", "failed", "store")
+    table = Table("modality", "present", "absent", "failed", "identity")
     for modality, counts in report.counts.items():
         numbers = [str(counts[name]) for name in ("present", "absent", "failed")]
-        table.add_row(modality, *numbers, str(report.stores[modality]))
+        table.add_row(modality, *numbers, report.stores[modality].stem)
     out.print(table)
     for modality, failures in report.failures.items():
         for clip_id, reason in list(failures.items())[:10]:
@@ -218,11 +218,16 @@ def evaluate(
     folder = RunFolder.open(run) if run else latest_student(settings.data.runs)
     table = settings.table(tuple(folder.config["classes"]))
     evaluation, files = evaluate_student(folder, table, split, device)
-    shown = Table("subset", "clips", "with all of it", *(f"{head} (%)" for head in evaluation.majority))
+    n_clips = evaluation.rows[0].n_clips
+    title = (
+        f"{evaluation.split}, {n_clips} clips: accuracy in percent and its lower 95 percent bound\n"
+        "complete: clips that have every modality of the subset"
+    )
+    shown = Table("subset", "complete", *evaluation.majority, title=title, title_justify="left")
     for row in evaluation.rows:
-        numbers = [f"{100 * value:.1f}  (>{100 * row.low[head]:.1f})" for head, value in row.accuracy.items()]
-        shown.add_row(row.subset, str(row.n_clips), str(row.n_complete), *numbers)
-    shown.add_row("majority", "", "", *(f"{100 * value:.1f}" for value in evaluation.majority.values()), style="dim")
+        numbers = [f"{100 * value:.1f} ({100 * row.low[head]:.1f})" for head, value in row.accuracy.items()]
+        shown.add_row(row.subset, str(row.n_complete), *numbers)
+    shown.add_row("majority class", "", *(f"{100 * value:.1f}" for value in evaluation.majority.values()), style="dim")
     out.print(shown)
     for clip_id, reason in list(evaluation.failed.items())[:10]:
         tell(f"failed: {clip_id}: {reason}")
