@@ -97,14 +97,20 @@ def _require_same(store: LogitStore, table: ClipTable, data: DataConfig) -> None
 def known_present(
     cache: Cache | None, table: ClipTable, data: DataConfig, modalities: tuple[str, ...]
 ) -> np.ndarray | None:
-    """Return which modalities each clip has, present [N, M] bool, if the cache knows it of all of them, else None."""
+    """Return which modalities each clip has, present [N, M] bool, if the cache knows it of all of them, else None.
+
+    A cache of other clips or other settings knows nothing of these; a student without teacher may still use it.
+    """
     if cache is None:
         return None
     columns = []
-    for modality in modalities:
-        stores = fitting_stores(cache, modality, data).values()
-        whole = [store for store in stores if n_unwritten(cache, table, store) == 0]
-        if not whole:
-            return None
-        columns.append(whole[0].state(cache.rows(table.clip_ids), 0) == PRESENT)
+    try:
+        for modality in modalities:
+            stores = fitting_stores(cache, modality, data).values()
+            whole = [store for store in stores if n_unwritten(cache, table, store) == 0]
+            if not whole:
+                return None
+            columns.append(whole[0].state(cache.rows(table.clip_ids), 0) == PRESENT)
+    except (IncompleteCacheError, StaleCacheError):
+        return None
     return np.stack(columns, axis=1)

@@ -11,7 +11,7 @@ from karmma.data.stores import LogitStore
 from karmma.distill.distillation import Distillation
 from karmma.distill.losses import kl_divergence
 from karmma.distill.stage import distill_student, evaluate_student
-from karmma.distill.teacher import CachedTeacher, find_teacher
+from karmma.distill.teacher import CachedTeacher, find_teacher, known_present
 from karmma.fuse.losses import cross_entropy
 
 N = 24
@@ -107,6 +107,14 @@ def test_stage_trains_evaluates_and_does_neither_twice(table, data, config):
     again, _ = evaluate_student(run, table, "test", "cpu")
     assert again == evaluation
     assert [file.stat().st_mtime_ns for file in files] == times
+
+
+def test_student_without_teacher_trains_beside_a_cache_of_other_clips_or_settings(table, data, config, tmp_path):
+    cache, _ = add_teacher(data, table)
+    assert known_present(cache, table, data, data.modalities) is None
+    cache.write_identity("audio", "0" * 16, {"input": {"frames": 99}})
+    assert known_present(cache, table, data, data.modalities) is None
+    assert distill_student(table, data, config).teacher == "none"
 
 
 def test_same_seed_gives_the_same_student_bit_by_bit(table, data, config, tmp_path):
