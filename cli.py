@@ -37,7 +37,7 @@ SECTIONS: dict[str, type[StageConfig]] = {
     "student": StudentConfig,
 }
 SAMPLE = Path("karmma-sample")
-SOME_FAILED = 3
+SOME_FAILED, INTERRUPTED = 3, 130
 
 app = typer.Typer(
     name="karmma",
@@ -51,6 +51,14 @@ out, err = Console(), Console(stderr=True, highlight=False)
 def tell(text: str) -> None:
     """Say something to the person at the terminal."""
     err.print(text, soft_wrap=True, markup=False)
+
+
+def tell_some(lines: list[str]) -> None:
+    """Say the first ten lines, and how many more there are."""
+    for line in lines[:10]:
+        tell(line)
+    if len(lines) > 10:
+        tell(f"and {len(lines) - 10} more")
 
 
 class Settings:
@@ -153,17 +161,18 @@ def _option(name: str, info: Any) -> inspect.Parameter:
 def extract(*, settings: Settings) -> None:
     """Run the frozen backbones once; tokens go to Zarr shards in the cache."""
     report = extract_tokens(settings.table(), settings.data, settings.extract)
-    for line in report.changes[:5]:
-        tell(line)
+    tell_some(report.changes)
     table = Table("modality", "present", "absent", "failed", "identity")
     for modality, counts in report.counts.items():
         numbers = [str(counts[name]) for name in ("present", "absent", "failed")]
         table.add_row(modality, *numbers, report.stores[modality].stem)
     out.print(table)
     for modality, failures in report.failures.items():
-        for clip_id, reason in list(failures.items())[:10]:
-            tell(f"failed: {modality} of {clip_id}: {reason}")
-    tell(f"Extracted {report.n_written} clips. " if report.n_written else "Nothing to do: the cache is complete.")
+        tell_some([f"failed: {modality} of {clip_id}: {reason}" for clip_id, reason in failures.items()])
+    if report.n_written:
+        tell(f"Extracted {report.n_written} (clip, view, modality).")
+    else:
+        tell("Nothing to do: the cache is complete.")
     if report.n_failed:
         tell(f"{report.n_failed} failed. Mend the files and run again with --retry-failed.")
         raise typer.Exit(SOME_FAILED)
@@ -175,8 +184,6 @@ def extract(*, settings: Settings) -> None:
 def teach(*, settings: Settings) -> None:
     """Train the light fusion head from the cache and store the teacher's logits."""
     report = train_teacher(settings.table(), settings.data, settings.teacher)
-    for modality, reason in report.left_out.items():
-        tell(f"Left out {modality}: {reason}")
     tell(f"Modalities: {letters(report.modalities)}")
     print_result(report.run, report.result, report.was_there)
     tell(f"Wrote {report.run} and {report.logits}. Next: karmma distill")
@@ -189,9 +196,8 @@ def distil(*, settings: Settings) -> None:
     report = distill_student(settings.table(), settings.data, settings.student)
     tell(f"Modalities: {letters(report.modalities)}, teacher: {report.teacher}")
     print_result(report.run, report.result, report.was_there)
-    failed = report.result["failed"]
+    tell_some([f"allowed to fail: {clip_id}: {reason}" for clip_id, reason in report.result["failed"].items()])
     tell(f"Wrote {report.run}. Next: karmma evaluate {report.run}")
-    raise typer.Exit(SOME_FAILED if failed else 0)
 
 
 def print_result(run: Path, result: dict[str, Any], was_there: bool) -> None:
@@ -200,7 +206,7 @@ def print_result(run: Path, result: dict[str, Any], was_there: bool) -> None:
         tell(f"Nothing to do: {run} was trained from exactly this already.")
     names = [name for name in result["val"] if name != "loss"]
     table = Table("run", "parameters (M)", "best epoch", *(f"val {name} (%)" for name in names))
-    numbers = [f"{100 * result['val'][name]:.1f}" for name in names]
+    numbers = ["-" if result["val"][name] is None else f"{100 * result['val'][name]:.1f}" for name in names]
     table.add_row(run.name, f"{result['parameters'] / 1e6:.2f}", str(result["epoch"]), *numbers)
     out.print(table)
 
@@ -217,7 +223,11 @@ def evaluate(
     """Print accuracy by head and action for every subset of modalities; write CSV, JSON and a report."""
     folder = RunFolder.open(run) if run else latest_student(settings.data.runs)
     table = settings.table(tuple(folder.config["classes"]))
-    evaluation, files = evaluate_student(folder, table, split, device)
+    if table.content_digest() != folder.config["clips"]:
+        tell(f"{table.path} is not, or no longer, the table that this run was trained from; evaluating on it as it is.")
+    evaluation, files, was_there = evaluate_student(folder, table, split, device)
+    if was_there:
+        tell("Nothing to do: this was evaluated already.")
     n_clips = evaluation.rows[0].n_clips
     title = (
         f"{evaluation.split}, {n_clips} clips: accuracy in percent and its lower 95 percent bound\n"
@@ -229,8 +239,7 @@ def evaluate(
         shown.add_row(row.subset, str(row.n_complete), *numbers)
     shown.add_row("majority class", "", *(f"{100 * value:.1f}" for value in evaluation.majority.values()), style="dim")
     out.print(shown)
-    for clip_id, reason in list(evaluation.failed.items())[:10]:
-        tell(f"failed: {clip_id}: {reason}")
+    tell_some([f"failed: {clip_id}: {reason}" for clip_id, reason in evaluation.failed.items()])
     tell("Results: " + ", ".join(str(path) for path in files))
     raise typer.Exit(SOME_FAILED if evaluation.failed else 0)
 
@@ -265,3 +274,7 @@ def main() -> None:
     except KarmmaError as error:
         tell(f"{type(error).__name__}: {error}")
         sys.exit(1)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            tell("Interrupted. What was finished is kept; give the command again to go on.")
+        raise

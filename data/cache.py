@@ -2,8 +2,9 @@
 
 import fcntl
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pyarrow.parquet as pq
 from .annotations import ClipTable
 from .config import digest
 from .errors import CacheError, IncompleteCacheError
-from .modality import FAILED
 from .publish import publish, publish_json, read_json
 
 
@@ -103,9 +103,9 @@ class Cache:
             )
         return np.array([self._row_of[clip_id] for clip_id in clip_ids], np.int64)
 
-    def row_digests(self) -> list[str]:
-        """Return for every row what a receipt records of it: a digest of clip id, sources and times."""
-        return [digest(source)[:8] for source in self.sources]
+    def row_digests(self) -> np.ndarray:
+        """Return for every row what a receipt records of it, [N]: a digest of clip id, sources and times."""
+        return np.array([source_digest(source) for source in self.sources])
 
     # Stores and receipts ------------------------------------------------------------------------------------------
 
@@ -143,21 +143,57 @@ class Cache:
         """Record that a shard is done; the last step of its making."""
         publish_json(self.receipts(modality, name) / f"view{view}" / f"{shard}.json", receipt)
 
-    def failures(self, modality: str, name: str) -> dict[str, str]:
-        """Return clip id -> reason of every failed (clip, view) of a store that is still in the row order."""
-        out: dict[str, str] = {}
-        for file in sorted(self.receipts(modality, name).glob("view*/*.json")):
-            for failure in read_json(file)["failures"]:
-                out[failure["clip_id"]] = failure["reason"]
+    def drop_receipt(self, modality: str, name: str, view: int, shard: int) -> None:
+        """Declare that a shard does not exist; the first step of superseding it."""
+        (self.receipts(modality, name) / f"view{view}" / f"{shard}.json").unlink(missing_ok=True)
+
+    def valid_receipts(self, modality: str, name: str, view: int) -> list[dict[str, Any]]:
+        """Return the receipts of all shards of a view that exist."""
+        files = (self.receipts(modality, name) / f"view{view}").glob("*.json")
+        found = (self.receipt(modality, name, view, int(file.stem)) for file in files)
+        return sorted((receipt for receipt in found if receipt), key=lambda receipt: receipt["first_row"])
+
+    def held(self, modality: str, name: str, view: int) -> np.ndarray:
+        """Return for every row [N] the digest under which a view's shards hold it, '' where they do not."""
+        out = np.full(self.n_clips, "", "<U8")
+        for receipt in self.valid_receipts(modality, name, view):
+            rows = receipt["rows"]
+            out[receipt["first_row"] : receipt["first_row"] + len(rows)] = rows
         return out
 
-    def require_usable(self, modality: str, name: str, states: np.ndarray, allow_failures: int) -> None:
-        """Raise IncompleteCacheError if more clips than allowed are failed in `states` [n]."""
-        n_failed = int((states == FAILED).sum())
-        if n_failed > allow_failures:
-            clip_id, reason = next(iter(self.failures(modality, name).items()))
+    def contents_digest(self, modality: str, name: str, n_views: int) -> str:
+        """Return 16 hex digits over all tokens of a store, absent and failed clips included."""
+        views = [self.valid_receipts(modality, name, view) for view in range(n_views)]
+        return digest([[[receipt["sha256"], receipt["counts"]] for receipt in receipts] for receipts in views])
+
+    def failures(self, modality: str, name: str, clip_ids: Iterable[str]) -> dict[str, str]:
+        """Return clip id -> reason of every one of these clips that failed in any view of a store."""
+        out: dict[str, str] = {}
+        for folder in sorted(self.receipts(modality, name).glob("view*")):
+            for receipt in self.valid_receipts(modality, name, int(folder.name.removeprefix("view"))):
+                out |= {failure["clip_id"]: failure["reason"] for failure in receipt["failures"]}
+        wanted = set(map(str, clip_ids))
+        return {clip_id: reason for clip_id, reason in out.items() if clip_id in wanted}
+
+    def require_usable(self, modality: str, name: str, clip_ids: Iterable[str], allow_failures: int) -> dict[str, str]:
+        """Return the failures among these clips; raise IncompleteCacheError if there are more than allowed."""
+        failures = self.failures(modality, name, clip_ids)
+        if len(failures) > allow_failures:
+            clip_id, reason = next(iter(failures.items()))
             raise IncompleteCacheError(
-                f"{self.path}: {modality} of {n_failed} clip(s) failed at extraction, such as "
-                f"{clip_id}: {reason}. Mend them and run karmma extract --retry-failed, or "
-                f"allow them with --allow-failures {n_failed}."
+                f"{self.path}: {modality} of {len(failures)} clip(s) failed at extraction, such as "
+                f"{clip_id}: {reason.rstrip('.')}. Mend them and run karmma extract --retry-failed, or "
+                f"allow them with --allow-failures {len(failures)}."
             )
+        return failures
+
+
+def source_digest(source: str) -> str:
+    """Return 8 hex digits that stand for a clip's sources and times, given as JSON."""
+    return digest(source)[:8]
+
+
+@lru_cache(maxsize=2)
+def table_digests(table: ClipTable) -> np.ndarray:
+    """Return what a receipt would record of every clip of a table, [N]."""
+    return np.array([source_digest(json.dumps(table.sources(at))) for at in range(table.n_clips)])

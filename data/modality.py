@@ -9,6 +9,7 @@ MODALITIES = tuple(LETTERS)
 
 # One (clip, modality, view) on disk is in exactly one of these states (design: the cache cannot lie).
 UNWRITTEN, PRESENT, ABSENT, FAILED = 0, 1, 2, 3
+STATE_NAMES = {PRESENT: "present", ABSENT: "absent", FAILED: "failed"}
 
 
 def in_order(modalities: Iterable[str]) -> tuple[str, ...]:

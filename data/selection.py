@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .annotations import ClipTable
-from .cache import Cache
+from .cache import Cache, table_digests
 from .config import DataConfig
 from .errors import CacheError, IncompleteCacheError, StaleCacheError, nearest
 from .identity import differences, input_identity
-from .modality import UNWRITTEN
 from .stores import TokenStore
 
 
@@ -35,7 +36,7 @@ def select_stores(cache: Cache, table: ClipTable, data: DataConfig, chosen: Mapp
             hint = nearest(chosen[modality], fitting)
             raise CacheError(f"{cache.path}: no {modality} tokens {chosen[modality]!r}. {hint}")
         asked = {name: store for name, store in fitting.items() if chosen.get(modality, name) == name}
-        missing = {name: n_unwritten(cache, table, store) for name, store in asked.items()}
+        missing = {name: n_missing(cache, table, modality, name) for name in asked}
         complete = [name for name, n in missing.items() if n == 0]
         if len(complete) > 1:
             raise CacheError(_several(cache, modality, complete))
@@ -44,20 +45,24 @@ def select_stores(cache: Cache, table: ClipTable, data: DataConfig, chosen: Mapp
             selection.stores[modality] = asked[complete[0]]
         else:
             n = min(missing.values(), default=table.n_clips)
-            selection.left_out[modality] = f"{n} of {table.n_clips} clips are not extracted"
+            selection.left_out[modality] = f"{n} of {table.n_clips} clips are not extracted as the table has them"
     if not selection.stores:
         reasons = ", ".join(f"{modality}: {reason}" for modality, reason in selection.left_out.items())
         raise IncompleteCacheError(f"{cache.path}: no modality is complete ({reasons}). Run karmma extract.")
-    while all(n_unwritten(cache, table, store, selection.n_views) == 0 for store in selection.stores.values()):
-        selection.n_views += 1
+    most = min(store.n_views for store in selection.stores.values())
+    whole = [all(n_missing(cache, table, *item, view) == 0 for item in selection.names.items()) for view in range(most)]
+    selection.n_views = (*whole, False).index(False)
     return selection
 
 
-def n_unwritten(cache: Cache, table: ClipTable, store: TokenStore, view: int = 0) -> int:
-    """Count the clips of the table that a view ought to have and a store lacks: all in view 0, else training clips."""
-    rows = cache.rows(table.clip_ids if view == 0 else table.clip_ids[table.split == "train"])
-    inside = rows[rows < store.n_clips] if view < store.n_views else rows[:0]
-    return len(rows) - len(inside) + int((store.state(inside, view) == UNWRITTEN).sum() if len(inside) else 0)
+def n_missing(cache: Cache, table: ClipTable, modality: str, name: str, view: int = 0) -> int:
+    """Count the clips that a view ought to have and a store lacks: all of the table in view 0, else training clips.
+
+    Receipts decide: a clip whose source or times are no longer those that its tokens were made from is missing.
+    """
+    due = np.ones(table.n_clips, bool) if view == 0 else table.split == "train"
+    held = cache.held(modality, name, view)[cache.rows(table.clip_ids)]
+    return int((held[due] != table_digests(table)[due]).sum())
 
 
 def fitting_stores(cache: Cache, modality: str, data: DataConfig) -> dict[str, TokenStore]:

@@ -137,6 +137,7 @@ class LogitStore:
         self.attributes = dict(self.group.attrs)
         self.heads = tuple(self.attributes["classes"])
         self._state = np.asarray(self.group["state"][:])
+        self.made_from = np.asarray(self.group["made_from"][:])
         self._logits = {head: np.asarray(self.group[head][:]) for head in self.heads}
         self.n_clips, self.n_views = self._state.shape
 
@@ -146,8 +147,18 @@ class LogitStore:
         return cls(Path(path))
 
     @classmethod
-    def write(cls, path: Path, logits: dict[str, np.ndarray], state: np.ndarray, attributes: dict[str, Any]) -> Self:
-        """Publish a whole store: logits head -> [N, V, classes], state [N, V]; attributes must name `classes`."""
+    def write(
+        cls,
+        path: Path,
+        logits: dict[str, np.ndarray],
+        state: np.ndarray,
+        made_from: np.ndarray,
+        attributes: dict[str, Any],
+    ) -> Self:
+        """Publish a whole store: logits head -> [N, V, classes], state [N, V]; attributes must name `classes`.
+
+        made_from: [N], eight hex digits for the sources and times of each clip, '' for one that was not asked for.
+        """
         for head, values in logits.items():
             if not np.isfinite(values[state == PRESENT]).all():
                 raise KarmmaError(
@@ -161,6 +172,8 @@ class LogitStore:
                 names = ("clip", "view", "class")
                 group.create_array(head, data=values.astype(np.float32), chunks="auto", dimension_names=names)
             group.create_array("state", data=state.astype(np.uint8), chunks="auto", dimension_names=names[:2])
+            numbers = np.array([int(text or "0", 16) for text in made_from], np.uint32)
+            group.create_array("made_from", data=numbers, chunks="auto", dimension_names=names[:1])
 
         publish_folder(path, fill)
         return cls(path)
@@ -180,6 +193,10 @@ class LogitStore:
                 f"{missing[0]}. Train the teacher on a cache that has them."
             )
         return {head: values[rows, view] for head, values in self._logits.items()}
+
+    def is_made_from(self, rows: np.ndarray, digests: np.ndarray) -> np.ndarray:
+        """Say for each row [n] whether its logits were made from the clip with this digest of sources and times."""
+        return self.made_from[rows] == np.array([int(text, 16) for text in digests], np.uint32)
 
     def has(self, rows: np.ndarray, view: int) -> np.ndarray:
         """Say for each row [n] whether its logits of `view` are there."""

@@ -10,10 +10,11 @@ from torch import Tensor
 from ..data.annotations import ClipTable
 from ..data.batches import plan_epoch
 from ..data.config import DataConfig
+from ..data.progress import watched
 from ..data.runs import RunFolder
 from ..fuse.losses import cross_entropy
 from ..fuse.metrics import accuracy
-from ..fuse.training import fit, prepare
+from ..fuse.training import fit, prepare, usable_rows
 from .config import StudentConfig
 from .dropout import modality_dropout
 from .evaluate import subset_logits
@@ -47,10 +48,13 @@ class Distillation:
             cache_mb=config.input_cache_mb,
             allow_failures=config.allow_failures,
         )
-        self.present = self.stream.survey(np.arange(table.n_clips)) if present is None else present
-        labelled = np.any([labels.numpy() >= 0 for labels in self.labels.values()], axis=0)
-        usable = labelled & self.present.any(axis=1)
-        self.rows = {split: table.rows(split)[usable[table.rows(split)]] for split in ("train", "val")}
+        if present is None:  # test clips are none of a training's business
+            rows = np.flatnonzero(table.split != "test")
+            present = np.zeros((table.n_clips, len(self.student.modalities)), bool)
+            with watched("survey", len(rows), "clips") as progress:
+                present[rows] = self.stream.survey(rows, progress.advance)
+        self.present = present
+        self.rows = usable_rows(table, data.heads, present)
         self.steps_per_epoch = -(-len(self.rows["train"]) // config.batch_size)
 
     def train(self, run: RunFolder, described: dict[str, Any]) -> None:
@@ -63,7 +67,7 @@ class Distillation:
         run.finish({"epoch": best["epoch"], "val": best["val"], "parameters": parameters, "failed": failed})
 
     def masks(self, epoch: int) -> np.ndarray:
-        """Return which modalities of each clip are used in an epoch: [N, M] bool, from (seed, epoch, clip) alone."""
+        """Return which modalities of each clip an epoch uses, [N, M] bool, from seed, epoch and place alone."""
         rows, out = self.rows["train"], self.present.copy()
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         out[rows] = modality_dropout(

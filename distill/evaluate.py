@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.annotations import ClipTable
 from ..data.device import choose_device
-from ..data.errors import TableError
+from ..data.errors import MediaError, TableError
 from ..data.modality import letters, subsets
 from ..data.progress import watched
 from ..data.runs import RunFolder
@@ -74,8 +74,9 @@ def subset_logits(
 def evaluate_run(run: RunFolder, table: ClipTable, split: str, device: str, made_from: str) -> Evaluation:
     """Evaluate a finished student on every subset of its modalities; labels come from the table as it is now.
 
-    Clips that cannot be read are left out of every row and named.  Raises TableError if the split has no labelled
-    clip, or one with a label that the student does not know.
+    A modality that cannot be read counts as missing and its clip is named; a clip with nothing left is left out.
+    Raises TableError if the split has no labelled clip, or one with a label that the student does not know, and
+    MediaError if no clip can be read.
     """
     on = choose_device(device)
     student, data, described = load_student(run, on)
@@ -87,6 +88,9 @@ def evaluate_run(run: RunFolder, table: ClipTable, split: str, device: str, made
     stream = ClipStream(table, data, student.modalities, allow_failures=len(rows))
     with watched("evaluate", len(rows), "clips") as progress:
         found = subset_logits(student, stream, rows, subsets(student.modalities), on, progress.advance)
+    if not len(found.rows):
+        clip_id, reason = next(iter(stream.failed.items()))
+        raise MediaError(f"No clip of split {split!r} can be read, such as {clip_id}: {reason.rstrip('.')}. Mend it.")
     targets = {head: values[found.rows] for head, values in labels.items()}
     table_rows = []
     for subset, logits in found.logits.items():

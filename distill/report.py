@@ -15,8 +15,8 @@ matplotlib.use("svg")
 from matplotlib.figure import Figure
 
 
-def write_report(run: RunFolder, evaluation: Evaluation) -> Path:
-    """Write `report.html` into the run folder and return its path; it needs no network to be read."""
+def write_report(run: RunFolder, evaluation: Evaluation, path: Path) -> None:
+    """Write one page that needs nothing else, no network either, to be read."""
     pages = Environment(loader=PackageLoader("karmma.distill", "."), autoescape=select_autoescape())
     page = pages.get_template("report.html").render(
         run=run.path.name,
@@ -28,9 +28,7 @@ def write_report(run: RunFolder, evaluation: Evaluation) -> Path:
         settings=run.config,
         result=run.result,
     )
-    path = run.path / "report.html"
     publish(path, page.encode())
-    return path
 
 
 def _svg(figure: Figure) -> Markup:

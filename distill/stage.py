@@ -10,12 +10,13 @@ from typing import Any
 from ..data.annotations import ClipTable
 from ..data.cache import Cache
 from ..data.config import DataConfig, digest
+from ..data.errors import RunError
 from ..data.identity import input_identity
 from ..data.runs import RunFolder
 from ..fuse.stage import require_labels
 from .config import StudentConfig
 from .results import Evaluation
-from .teacher import CachedTeacher, find_teacher, known_present
+from .teacher import NO_TEACHER, CachedTeacher, find_teacher, known_present
 
 NOT_DECISIVE = {"device", "threads", "teacher", "readers", "input_cache_mb"}
 
@@ -38,8 +39,8 @@ def distill_student(table: ClipTable, data: DataConfig, config: StudentConfig) -
     Raises CacheError if the teacher is missing or ambiguous, StaleCacheError if it saw other inputs or classes,
     IncompleteCacheError if a training clip has no logits.
     """
-    cache = Cache.open(data.cache) if config.teacher != "none" or data.cache.exists() else None
     require_labels(table, data.heads)
+    cache = None if config.teacher == NO_TEACHER else Cache.open(data.cache)
     teacher = find_teacher(cache, table, data, config)
     described = describe_run(table, data, config, teacher)
     run = RunFolder(data.runs / f"student-{digest(described)[:8]}")
@@ -48,7 +49,7 @@ def distill_student(table: ClipTable, data: DataConfig, config: StudentConfig) -
     if not was_there:
         from .distillation import Distillation
 
-        present = known_present(cache, table, data, modalities)
+        present = known_present(cache, table, data, config)
         Distillation(table, data, config, teacher, present).train(run, described)
     return StudentReport(run.path, teacher.digest, modalities, run.result, was_there)
 
@@ -67,20 +68,26 @@ def describe_run(table: ClipTable, data: DataConfig, config: StudentConfig, teac
     }
 
 
-def evaluate_student(run: RunFolder, table: ClipTable, split: str, device: str) -> tuple[Evaluation, list[Path]]:
-    """Evaluate a finished run on a split, or read what was found before for the same clips; return it and its files.
+def evaluate_student(
+    run: RunFolder, table: ClipTable, split: str, device: str
+) -> tuple[Evaluation, list[Path], bool]:
+    """Evaluate a finished run on a split; return what was found, its files, and whether it was there already.
 
-    Raises as `evaluate_run`.
+    What was written for exactly this run and these clips is read, not done again.  Raises RunError if the run is not
+    a student's, and as `evaluate_run`.
     """
+    if run.config["kind"] != "student":
+        raise RunError(f"{run.path}: a {run.config['kind']}'s run, expected a student's. Name another run folder.")
     folder = run.path / "evaluation"
-    files = [folder / f"{split}.csv", folder / f"{split}.json", run.path / "report.html"]
+    files = [folder / f"{split}.{kind}" for kind in ("csv", "json", "html")]
     made_from = digest([run.config, run.result, table.content_digest()])
     evaluation = Evaluation.read(folder, split, made_from)
-    if evaluation is None or not all(file.exists() for file in files):
+    was_there = evaluation is not None and all(file.exists() for file in files)
+    if not was_there:
         from .evaluate import evaluate_run
         from .report import write_report
 
         evaluation = evaluate_run(run, table, split, device, made_from)
         evaluation.write(folder)
-        write_report(run, evaluation)
-    return evaluation, files
+        write_report(run, evaluation, files[-1])
+    return evaluation, files, was_there

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -71,13 +71,14 @@ class ClipStream:
                     rows = plan[at - READ_AHEAD][0]
                     yield self._collate(rows, view, [future.result() for future in ahead.pop(0)])
 
-    def survey(self, rows: np.ndarray) -> np.ndarray:
+    def survey(self, rows: np.ndarray, count: Callable[[int], None] = lambda n: None) -> np.ndarray:
         """Read the clean view of every row once and return which modalities it has: present [n, M] bool."""
         wanted = np.ones((len(rows), len(self.modalities)), bool)
         found = np.zeros_like(wanted)
         place = {int(row): at for at, row in enumerate(rows)}
         for batch in self.batches([(rows[at : at + 8], wanted[at : at + 8]) for at in range(0, len(rows), 8)], 0):
             found[[place[int(row)] for row in batch.rows]] = batch.present.numpy()
+            count(len(batch.rows))
         return found
 
     def _read(self, row: int, wanted: np.ndarray, view: int) -> dict[str, Reading]:

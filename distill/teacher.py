@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from ..data.annotations import ClipTable
-from ..data.cache import Cache
+from ..data.cache import Cache, table_digests
 from ..data.config import DataConfig
 from ..data.errors import CacheError, IncompleteCacheError, StaleCacheError, nearest
 from ..data.identity import differences, input_identity
 from ..data.modality import PRESENT
-from ..data.selection import fitting_stores, n_unwritten
+from ..data.selection import fitting_stores, n_missing
 from ..data.stores import LogitStore
 from .config import StudentConfig
 
@@ -72,9 +72,15 @@ def find_teacher(cache: Cache | None, table: ClipTable, data: DataConfig, config
         raise CacheError(
             f"{cache.path}: {len(names)} teachers here: {', '.join(_named(names))}. Choose one with --teacher."
         )
-    store = LogitStore.open(next(iter(names.values())))
+    store, rows = LogitStore.open(next(iter(names.values()))), cache.rows(table.clip_ids)
     _require_same(store, table, data)
-    return CachedTeacher(store, cache.rows(table.clip_ids))
+    other = ~(store.is_made_from(rows, table_digests(table)) if rows.max() < store.n_clips else rows < store.n_clips)
+    if other.any():
+        raise StaleCacheError(
+            f"{store.path}: {other.sum()} clip(s) are not those that this teacher saw, such as "
+            f"{str(table.clip_ids[other][0])!r}: source or times changed. Extract and train the teacher again."
+        )
+    return CachedTeacher(store, rows)
 
 
 def _named(names: dict[str, Path]) -> list[str]:
@@ -95,22 +101,23 @@ def _require_same(store: LogitStore, table: ClipTable, data: DataConfig) -> None
 
 
 def known_present(
-    cache: Cache | None, table: ClipTable, data: DataConfig, modalities: tuple[str, ...]
+    cache: Cache | None, table: ClipTable, data: DataConfig, config: StudentConfig
 ) -> np.ndarray | None:
-    """Return which modalities each clip has, present [N, M] bool, if the cache knows it of all of them, else None.
+    """Return which of the student's modalities each clip has, present [N, M] bool; None unless the cache knows it.
 
-    A cache of other clips or other settings knows nothing of these; a student without teacher may still use it.
+    Raises IncompleteCacheError if more clips failed at extraction than config.allow_failures.
     """
     if cache is None:
         return None
     columns = []
-    try:
-        for modality in modalities:
-            stores = fitting_stores(cache, modality, data).values()
-            whole = [store for store in stores if n_unwritten(cache, table, store) == 0]
-            if not whole:
-                return None
-            columns.append(whole[0].state(cache.rows(table.clip_ids), 0) == PRESENT)
-    except (IncompleteCacheError, StaleCacheError):
-        return None
+    for modality in config.modalities or data.modalities:
+        try:
+            stores = fitting_stores(cache, modality, data)
+        except StaleCacheError:  # a modality that the teacher has not seen either
+            return None
+        whole = [name for name in stores if n_missing(cache, table, modality, name) == 0]
+        if not whole:
+            return None
+        cache.require_usable(modality, whole[0], table.clip_ids, config.allow_failures)
+        columns.append(stores[whole[0]].state(cache.rows(table.clip_ids), 0) == PRESENT)
     return np.stack(columns, axis=1)

@@ -18,7 +18,7 @@ from ..data.config import DataConfig
 from ..data.device import choose_device
 from ..data.errors import CacheError
 from ..data.identity import tensors_digest
-from ..data.modality import ABSENT, FAILED, PRESENT, UNWRITTEN
+from ..data.modality import FAILED, PRESENT, STATE_NAMES, UNWRITTEN
 from ..data.progress import Task, watched
 from ..data.raw import Reading, read_clip
 from ..data.stores import TokenStore
@@ -30,7 +30,6 @@ from .plan import ShardTask
 from .weights import backbone_request, record_backbone
 
 READ_AHEAD = 2
-COUNTED = {PRESENT: "present", ABSENT: "absent", FAILED: "failed"}
 
 
 def build_frozen(modality: str, data: DataConfig, config: ExtractConfig) -> Backbone:
@@ -87,10 +86,11 @@ class Engine:
             for modality, name in self.names.items():
                 path, backbone = self.cache.tokens_path(modality, name), self.backbones[modality]
                 kept = min(backbone.n_tokens, self.config.theta or backbone.n_tokens)
+                if name not in self.cache.identities(modality):
+                    self.cache.write_identity(modality, name, identities[modality])
                 if not (path / "zarr.json").exists():
                     shape = (self.cache.n_clips, self.config.views, kept, backbone.width)
                     TokenStore.create(path, shape, self.config.shard_rows, {"identity": identities[modality]})
-                    self.cache.write_identity(modality, name, identities[modality])
                 self.stores[modality] = TokenStore.open(path).grown(self.cache.n_clips, self.config.views)
                 if self.stores[modality].shard_rows != self.config.shard_rows:
                     raise CacheError(
@@ -171,6 +171,8 @@ class _Draft:
     def take(self, readings: dict[int, Reading], tokens: dict[int, np.ndarray]) -> None:
         """Put the results of one batch in their places; values that float16 cannot hold make a clip failed."""
         for at, reading in readings.items():
+            if not self.task.is_due(at):
+                continue  # here to fill its batch; what the cache has of it stays, even if its file is gone by now
             self.state[at], reason = reading.state, reading.reason
             if reading.state == PRESENT:
                 with np.errstate(over="ignore"):
@@ -186,8 +188,10 @@ class _Draft:
     def publish(self, cache: Cache, seconds: float, config: ExtractConfig) -> None:
         """Write the shard, then its receipt."""
         task = self.task
-        path, data = self.store.write_shard(task.shard, task.view, self.tokens, self.state)
+        # Tokens and state are two files: between them, and the receipt, the shard must not seem to exist.
         old = (cache.receipt(task.modality, task.name, task.view, task.shard) or {"failures": []})["failures"]
+        cache.drop_receipt(task.modality, task.name, task.view, task.shard)
+        path, data = self.store.write_shard(task.shard, task.view, self.tokens, self.state)
         redone = {at for at, _ in self.failures}
         kept = [f for f in old if (at := f["row"] - int(task.rows[0])) not in redone and self.state[at] == FAILED]
         new = [
@@ -198,8 +202,9 @@ class _Draft:
             "file": str(path.relative_to(cache.path)),
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
+            "first_row": int(task.rows[0]),
             "rows": list(task.wanted),
-            "counts": dict(Counter(COUNTED[int(state)] for state in self.state if state != UNWRITTEN)),
+            "counts": dict(Counter(STATE_NAMES[int(state)] for state in self.state if state != UNWRITTEN)),
             "failures": sorted(kept + new, key=lambda failure: failure["row"]),
             "versions": {name: version(name) for name in ("karmma", "torch", "av", "zarr")},
             "threads": torch.get_num_threads(),

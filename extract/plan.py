@@ -41,7 +41,7 @@ def plan_shards(
 
     Every clip of the table is due in view 0, training clips in all views; rows whose clip left the table stay.
     """
-    digests, rows, tasks = np.array(cache.row_digests()), cache.rows(table.clip_ids), []
+    digests, rows, tasks = cache.row_digests(), cache.rows(table.clip_ids), []
     for view in range(n_views):
         requested = np.zeros(cache.n_clips, bool)
         requested[rows if view == 0 else rows[table.split == "train"]] = True

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data.annotations import ClipTable
 from ..data.cache import Cache
 from ..data.config import DataConfig, digest
 from ..data.identity import token_identity
+from ..data.modality import STATE_NAMES
+from ..data.stores import TokenStore
 from .config import ExtractConfig
 from .plan import ShardTask, plan_shards
 from .weights import backbone_request, recorded_backbone
@@ -56,8 +60,8 @@ def extract_tokens(table: ClipTable, data: DataConfig, config: ExtractConfig) ->
     for modality, fields in identities.items():
         name = digest(fields)
         report.stores[modality] = cache.tokens_path(modality, name)
-        report.counts[modality] = _counted(cache, table, modality, name, config.views)
-        report.failures[modality] = cache.failures(modality, name)
+        report.counts[modality] = _counted(cache, table, report.stores[modality], config.views)
+        report.failures[modality] = cache.failures(modality, name, table.clip_ids)
     report.n_written = sum(task.n_due for task in tasks)
     return report
 
@@ -74,10 +78,8 @@ def _tasks(
     return plan_shards(cache, table, modality, digest(fields), **plan)
 
 
-def _counted(cache: Cache, table: ClipTable, modality: str, name: str, n_views: int) -> Counter:
-    counts: Counter = Counter()
-    for view in range(n_views):
-        for file in sorted((cache.receipts(modality, name) / f"view{view}").glob("*.json")):
-            receipt = cache.receipt(modality, name, view, int(file.stem))
-            counts.update(receipt["counts"] if receipt else {})
-    return counts
+def _counted(cache: Cache, table: ClipTable, path: Path, n_views: int) -> Counter:
+    """Count the states of the table's clips over all views; clips that left the table do not count."""
+    store, rows = TokenStore.open(path), cache.rows(table.clip_ids)
+    states = np.concatenate([store.state(rows, view) for view in range(n_views)])
+    return Counter({name: int((states == state).sum()) for state, name in STATE_NAMES.items()})

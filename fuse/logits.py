@@ -32,14 +32,16 @@ def write_logits(
     path: Path,
     attributes: dict[str, Any],
     *,
-    shape: tuple[int, int],
+    made_from: np.ndarray,
+    n_views: int,
     device: torch.device,
 ) -> LogitStore:
     """Fill the logit store of a teacher for every clip of the table.
 
-    shape: (rows of the cache, views).  A clip in which every modality is missing is `absent` there: no logits.
+    made_from: [rows of the cache] digest of each clip's sources and times, '' for clips that are not in the table.
+    A clip in which every modality is missing is `absent` there: no logits.
     """
-    classes = attributes["classes"]
+    classes, shape = attributes["classes"], (len(made_from), n_views)
     logits = {head: np.full((*shape, len(names)), np.nan, np.float32) for head, names in classes.items()}
     state = np.full(shape, UNWRITTEN, np.uint8)
     every = np.arange(len(reader.cache_rows))
@@ -50,4 +52,4 @@ def write_logits(
         for batch, found in run_teacher(model, reader, rows[usable], view, device):
             for head, values in found.items():
                 logits[head][reader.cache_rows[batch.rows], view] = values.numpy()
-    return LogitStore.write(path, logits, state, attributes)
+    return LogitStore.write(path, logits, state, made_from, attributes)

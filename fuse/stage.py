@@ -3,6 +3,7 @@
 Nothing at import needs torch: a run that is there already is found without it.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from ..data.identity import input_identity
 from ..data.runs import RunFolder
 from ..data.selection import Selection, select_stores
 from .config import TeacherConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,19 +39,22 @@ def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> 
     Raises IncompleteCacheError or StaleCacheError if the cache is not what `data` asks for, TableError if there is
     nothing to learn from.
     """
+    require_labels(table, data.heads)
     cache = Cache.open(data.cache)
     selection = select_stores(cache, table, data, config.tokens)
-    for modality, store in selection.stores.items():
-        states = store.state(cache.rows(table.clip_ids), 0)
-        cache.require_usable(modality, selection.names[modality], states, config.allow_failures)
-    require_labels(table, data.heads)
-    described = describe_run(table, data, config, selection)
+    for modality, name in selection.names.items():
+        cache.require_usable(modality, name, table.clip_ids, config.allow_failures)
+    for modality, reason in selection.left_out.items():
+        logger.warning("Left out %s: %s", modality, reason)
+    described = describe_run(cache, table, data, config, selection)
     run = RunFolder(data.runs / f"teacher-{digest(described)[:8]}")
     was_there = run.is_finished and cache.logits_path(run.result["teacher"]).exists()
     if not was_there:
         from .teacher import Teacher
 
-        Teacher(cache, table, selection, data, config).train(run, described)
+        teacher = Teacher(cache, table, selection, data, config)
+        # A finished run whose logits are gone (a cache made anew) need not be trained again.
+        teacher.speak(run, described) if run.is_finished else teacher.train(run, described)
     result = run.result
     logits = cache.logits_path(result["teacher"])
     return TeacherReport(run.path, logits, tuple(selection.stores), result, selection.left_out, was_there)
@@ -71,14 +77,19 @@ def require_labels(table: ClipTable, heads: tuple[str, ...]) -> None:
                 )
 
 
-def describe_run(table: ClipTable, data: DataConfig, config: TeacherConfig, selection: Selection) -> dict[str, Any]:
-    """Return all that decides a teacher: settings, inputs, tokens, clips, labels; neither paths nor devices."""
+def describe_run(
+    cache: Cache, table: ClipTable, data: DataConfig, config: TeacherConfig, selection: Selection
+) -> dict[str, Any]:
+    """Return all that decides a teacher: settings, inputs, tokens, clips as the table names them, labels."""
+    n_views = selection.n_views
     return {
         "kind": "teacher",
         "settings": config.model_dump(mode="json", exclude={"device", "threads", "tokens"}),
         "data": data.model_dump(mode="json", exclude={"table", "cache", "runs"}),
         "inputs": {modality: input_identity(modality, data) for modality in selection.stores},
         "tokens": selection.names,
+        "views": n_views,
+        "contents": {m: cache.contents_digest(m, name, n_views) for m, name in selection.names.items()},
         "clips": table.content_digest(),
         "classes": {head: list(table.classes(head)) for head in data.heads},
     }

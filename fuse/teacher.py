@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.annotations import ClipTable
 from ..data.batches import TokenBatch, TokenReader, plan_epoch
-from ..data.cache import Cache
+from ..data.cache import Cache, table_digests
 from ..data.config import DataConfig
 from ..data.identity import tensors_digest
 from ..data.runs import RunFolder
@@ -19,7 +19,7 @@ from .logits import run_teacher, write_logits
 from .losses import cross_entropy, info_nce
 from .metrics import accuracy
 from .model import build_fusion
-from .training import fit, prepare
+from .training import fit, prepare, usable_rows
 
 
 class Teacher:
@@ -28,12 +28,13 @@ class Teacher:
     def __init__(
         self, cache: Cache, table: ClipTable, selection: Selection, data: DataConfig, config: TeacherConfig
     ) -> None:
-        self.cache, self.config, self.selection = cache, config, selection
+        self.cache, self.table, self.config, self.selection = cache, table, config, selection
         self.device = prepare(config)
         self.reader = TokenReader(selection.stores, cache.rows(table.clip_ids))
         self.labels = {head: torch.from_numpy(table.labels(head)) for head in data.heads}
         self.classes = {head: list(table.classes(head)) for head in data.heads}
-        self.rows = {split: self._usable(table.rows(split)) for split in ("train", "val")}
+        present = self.reader.present(np.arange(table.n_clips), 0)
+        self.rows = usable_rows(table, data.heads, present)
         self.steps_per_epoch = -(-len(self.rows["train"]) // config.batch_size)
         stores = selection.stores
         self.model = build_fusion(
@@ -43,17 +44,20 @@ class Teacher:
             config,
         ).to(self.device)
 
-    def _usable(self, rows: np.ndarray) -> np.ndarray:
-        """Leave out clips without any label or any modality: there is nothing to learn from or to predict with."""
-        labelled = np.any([labels[rows].numpy() >= 0 for labels in self.labels.values()], axis=0)
-        return rows[labelled & self.reader.present(rows, 0).any(axis=1)]
-
     def train(self, run: RunFolder, described: dict[str, Any]) -> None:
         """Train, then write the logits of the best weights, then mark the run as finished."""
         run.start(described)
         best = fit(self.model, self, self.config, run)
+        teacher = self.speak(run, described)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        run.finish({"teacher": teacher, "epoch": best["epoch"], "val": best["val"], "parameters": parameters})
+
+    def speak(self, run: RunFolder, described: dict[str, Any]) -> str:
+        """Write the logits of the run's best weights for every clip and view; return the teacher's digest."""
         self.model.load_state_dict(run.load_checkpoint("best"))
         teacher = tensors_digest(self.model.state_dict())
+        made_from = np.full(self.cache.n_clips, "", "<U8")
+        made_from[self.reader.cache_rows] = table_digests(self.table)
         attributes = {
             "teacher": teacher,
             "run": run.path.name,
@@ -61,11 +65,16 @@ class Teacher:
             "inputs": described["inputs"],
             "tokens": described["tokens"],
         }
-        shape = (self.cache.n_clips, self.selection.n_views)
-        path = self.cache.logits_path(teacher)
-        write_logits(self.model, self.reader, path, attributes, shape=shape, device=self.device)
-        parameters = sum(p.numel() for p in self.model.parameters())
-        run.finish({"teacher": teacher, "epoch": best["epoch"], "val": best["val"], "parameters": parameters})
+        write_logits(
+            self.model,
+            self.reader,
+            self.cache.logits_path(teacher),
+            attributes,
+            made_from=made_from,
+            n_views=self.selection.n_views,
+            device=self.device,
+        )
+        return teacher
 
     def batches(self, epoch: int) -> Iterator[TokenBatch]:
         """Yield the training batches of an epoch, in view epoch mod V."""

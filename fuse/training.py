@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.annotations import ClipTable
 from ..data.device import choose_device
-from ..data.errors import RunError
+from ..data.errors import RunError, TableError
 from ..data.progress import Task, watched
 from ..data.runs import RunFolder
 from .config import TrainingConfig
@@ -55,6 +57,28 @@ class Waiting:
             yield batch
 
 
+def usable_rows(table: ClipTable, heads: tuple[str, ...], present: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the table rows of 'train' and 'val' that have a label in some head and a modality.
+
+    present: [N, M] bool.  Raises TableError if a split has none left: nothing to learn from, or to choose by.
+    """
+    labelled = np.any([table.labels(head) >= 0 for head in heads], axis=0)
+    usable = labelled & present.any(axis=1)
+    rows = {split: table.rows(split)[usable[table.rows(split)]] for split in ("train", "val")}
+    for split, found in rows.items():
+        if not len(found):
+            raise TableError(
+                f"{table.path}: no labelled clip of split {split!r} has any of the modalities in use. "
+                "Choose other modalities, or add clips."
+            )
+    return rows
+
+
+def plain(found: dict[str, float]) -> dict[str, float | None]:
+    """Return the numbers as JSON can hold them: what could not be measured (NaN) becomes None."""
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
 def prepare(config: TrainingConfig) -> torch.device:
     """Seed torch, set its threads, and return the device to train on."""
     torch.manual_seed(config.seed)
@@ -63,12 +87,12 @@ def prepare(config: TrainingConfig) -> torch.device:
     return choose_device(config.device)
 
 
-def score(found: dict[str, float]) -> tuple[float, float]:
+def score(found: dict[str, float | None]) -> tuple[float, float]:
     """Return what the best checkpoint is chosen by: validation action accuracy, then the lower validation loss.
 
-    Where no clip is labelled in every head there is no action accuracy (NaN), and the loss alone decides.
+    Where no clip is labelled in every head there is no action accuracy, and the loss alone decides.
     """
-    return 0.0 if math.isnan(found["action"]) else found["action"], -found["loss"]
+    return found["action"] or 0.0, -found["loss"]
 
 
 def fit(model: nn.Module, course: Course, config: Any, run: RunFolder) -> dict[str, Any]:
@@ -82,7 +106,7 @@ def fit(model: nn.Module, course: Course, config: Any, run: RunFolder) -> dict[s
     with watched(run.path.name, config.epochs, "epochs") as progress:
         for epoch in range(config.epochs):
             record = _epoch(model, course, config, optimizer, epoch)
-            record["val"] = course.validate()
+            record["val"] = plain(course.validate())
             run.log(record)
             if not best or score(record["val"]) > score(best["val"]):
                 best = record
@@ -132,6 +156,7 @@ def _epoch(model: nn.Module, course: Course, config: Any, optimizer: torch.optim
 
 
 def _tell(progress: Task, record: dict[str, Any]) -> None:
-    accuracies = " ".join(f"{name} {100 * value:.1f}" for name, value in record["val"].items() if name != "loss")
+    measured = {name: value for name, value in record["val"].items() if name != "loss" and value is not None}
+    accuracies = " ".join(f"{name} {100 * value:.1f}" for name, value in measured.items())
     progress.advance(1, f"loss {record['loss']:.3f}, val {accuracies}")
     logger.info("epoch %d: loss %.4f, lr %.2e, val %s", record["epoch"], record["loss"], record["lr"], accuracies)

@@ -19,7 +19,7 @@ def demo(tmp_path_factory):
     command = [sys.executable, "-c", code, "demo"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
-    assert "report.html" in done.stderr
+    assert "test.html" in done.stderr
     (path,) = folder.glob("runs/student-*/evaluation/test.json")
     return json.loads(path.read_text())
 

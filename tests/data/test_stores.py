@@ -140,7 +140,7 @@ def logits(tmp_path):
     values["verb"][1], values["verb"][2, 1] = np.nan, np.nan
     values["noun"][1], values["noun"][2, 1] = np.nan, np.nan
     classes = {"verb": list("ab"), "noun": list("vwxyz")}
-    return LogitStore.write(tmp_path / "t.zarr", values, state, {"classes": classes})
+    return LogitStore.write(tmp_path / "t.zarr", values, state, np.array(["ab", "cd", ""]), {"classes": classes})
 
 
 def test_logits_are_read_by_clip_and_view(logits):
@@ -157,6 +157,7 @@ def test_logits_of_a_clip_or_view_that_is_not_there_raise(logits, rows, view):
 
 
 def test_logits_that_are_not_finite_are_refused(tmp_path):
+    infinite = {"verb": np.full((1, 1, 2), np.inf)}
     with pytest.raises(KarmmaError, match="head 'verb' are not finite"):
-        LogitStore.write(tmp_path / "t.zarr", {"verb": np.full((1, 1, 2), np.inf)}, np.ones((1, 1)), {"classes": {}})
+        LogitStore.write(tmp_path / "t.zarr", infinite, np.ones((1, 1)), np.array([""]), {"classes": {}})
     assert not (tmp_path / "t.zarr").exists()

@@ -30,7 +30,7 @@ def add_teacher(data, table, name="t" * 16, n_views=2, seed=0, **attributes):
     state[table.split != "train", 1:] = 0
     inputs = {modality: input_identity(modality, data) for modality in data.modalities}
     about = {"teacher": name, "run": "teacher-made", "classes": classes, "inputs": inputs, "tokens": {}} | attributes
-    LogitStore.write(cache.logits_path(name), logits, state, about)
+    LogitStore.write(cache.logits_path(name), logits, state, cache.row_digests(), about)
     return cache, logits
 
 
@@ -100,20 +100,22 @@ def test_stage_trains_evaluates_and_does_neither_twice(table, data, config):
     assert (report.was_there, report.teacher) == (False, "t" * 16)
     assert distill_student(table, data, config).was_there
     run = RunFolder.open(report.run)
-    evaluation, files = evaluate_student(run, table, "test", "cpu")
+    evaluation, files, was_there = evaluate_student(run, table, "test", "cpu")
+    assert not was_there
     assert [row.subset for row in evaluation.rows] == ["V+A+D", "V+A", "V+D", "A+D", "V", "A", "D"]
     assert all(file.exists() for file in files)
     times = [file.stat().st_mtime_ns for file in files]
-    again, _ = evaluate_student(run, table, "test", "cpu")
+    again, _, was_there = evaluate_student(run, table, "test", "cpu")
+    assert was_there
     assert again == evaluation
     assert [file.stat().st_mtime_ns for file in files] == times
 
 
 def test_student_without_teacher_trains_beside_a_cache_of_other_clips_or_settings(table, data, config, tmp_path):
     cache, _ = add_teacher(data, table)
-    assert known_present(cache, table, data, data.modalities) is None
+    assert known_present(cache, table, data, config) is None
     cache.write_identity("audio", "0" * 16, {"input": {"frames": 99}})
-    assert known_present(cache, table, data, data.modalities) is None
+    assert known_present(cache, table, data, config) is None
     assert distill_student(table, data, config).teacher == "none"
 
 

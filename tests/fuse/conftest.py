@@ -1,5 +1,7 @@
 """A cache of made-up tokens: no video, no backbone."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from karmma.data.annotations import read_clip_table
@@ -45,7 +47,14 @@ class MadeCache:
         if (state != 0).all():
             _, data = store.write_shard(0, 0, tokens, state)
             failed = [{"row": int(i), "clip_id": f"c{i}", "reason": "broken"} for i in np.flatnonzero(state == FAILED)]
-            receipt = {"rows": self.cache.row_digests(), "counts": {}, "failures": failed, "bytes": len(data)}
+            receipt = {
+                "first_row": 0,
+                "rows": self.cache.row_digests().tolist(),
+                "counts": {},
+                "failures": failed,
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
             self.cache.write_receipt(modality, name, 0, 0, receipt)
         return name
 

@@ -71,7 +71,7 @@ def test_modality_that_is_not_complete_is_left_out_and_said(made):
     data = made.data.model_copy(update={"modalities": ("video", "flow", "audio")})
     report = train_teacher(made.table, data, TINY)
     assert report.modalities == ("video", "audio")
-    assert report.left_out == {"flow": "24 of 24 clips are not extracted"}
+    assert report.left_out == {"flow": "24 of 24 clips are not extracted as the table has them"}
 
 
 def test_two_complete_sets_of_tokens_are_listed_and_one_can_be_chosen(made):

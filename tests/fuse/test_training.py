@@ -70,7 +70,7 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_step(tmp_path):
 def test_best_is_the_higher_action_accuracy_then_the_lower_loss():
     assert score({"action": 0.5, "loss": 2.0}) > score({"action": 0.4, "loss": 0.1})
     assert score({"action": 0.5, "loss": 1.0}) > score({"action": 0.5, "loss": 2.0})
-    assert score({"action": float("nan"), "loss": 1.0}) > score({"action": float("nan"), "loss": 2.0})
+    assert score({"action": None, "loss": 1.0}) > score({"action": None, "loss": 2.0})
 
 
 def test_waiting_counts_only_the_time_before_a_batch(monkeypatch):
