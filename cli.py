@@ -117,11 +117,8 @@ def with_options(*places: str) -> Callable[[Callable], Callable]:
             for parameter in derived:
                 value = given.pop(parameter.name)
                 if value not in (None, []):
-                    many = get_origin(fields[parameter.name][1].annotation) is tuple or isinstance(value, list)
                     text = ",".join(value) if isinstance(value, list) else value
-                    options.setdefault(fields[parameter.name][0], {})[parameter.name] = (
-                        text.split(",") if many else text
-                    )
+                    options.setdefault(fields[parameter.name][0], {})[parameter.name] = text
             return command(settings=Settings(options=options, **settings), **given)
 
         run.__signature__ = inspect.Signature([*own, *general, *derived])

@@ -3,9 +3,9 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from .modality import in_order
 
@@ -26,14 +26,22 @@ def ours(default: Any, meaning: str, why: str, **limits: Any) -> Any:
     return Field(default, description=meaning, json_schema_extra={"source": f"ours: {why}"}, **limits)
 
 
+def _names(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+# Several names: a list in TOML, or one text with commas between.
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+
+
 class DataConfig(StageConfig):
     """Which clips, and what a model sees of one: the same for teacher and student, so that views can be replayed."""
 
     table: Path | None = ours(None, "clip table (CSV); without one the sample data is used", "needed for own data")
     cache: Path = ours(Path("cache"), "folder of the cache", "README")
     runs: Path = ours(Path("runs"), "folder that gets one folder a run", "README")
-    heads: tuple[str, ...] = paper(("verb", "noun"), "label columns of the table, one classifier each", "sec. 3.1")
-    modalities: tuple[str, ...] = paper(("video", "flow", "audio"), "modalities in use", "sec. 4, Epic-Kitchens")
+    heads: Names = paper(("verb", "noun"), "label columns of the table, one classifier each", "sec. 3.1")
+    modalities: Names = paper(("video", "flow", "audio"), "modalities in use", "sec. 4, Epic-Kitchens")
     frames: int = ours(32, "time steps T of every modality", "reference configuration of the published GFLOPs", ge=2)
     size: int = ours(224, "height and width in pixels of video and flow", "as frames", ge=8)
     center_crop: float = ours(0.875, "side of the clean view's crop over the short side", "256 -> 224", gt=0, le=1)
@@ -62,7 +70,20 @@ class DataConfig(StageConfig):
     def _some_head(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value or len(set(value)) != len(value):
             raise ValueError("name at least one label column, each once")
+        for name in value:
+            if name == "loss" or "." in name:
+                raise ValueError(f"a head cannot be called {name!r}: metrics and checkpoints need 'loss' and dots")
         return value
+
+    @model_validator(mode="after")
+    def _segment_fits(self) -> Self:
+        steps, samples = self.audio_steps * self.audio_hop, self.audio_segment_s * self.audio_rate
+        if abs(steps - samples) > self.audio_hop:
+            raise ValueError(
+                f"audio_steps * audio_hop is {steps} samples, audio_segment_s * audio_rate is {samples:.0f}; "
+                "they may differ by one hop"
+            )
+        return self
 
     def input_shape(self, modality: str) -> tuple[int, ...]:
         """Return the shape of one clip's array: [T, 3, H, W], audio [T, mels, steps], detections [T, n, 6]."""

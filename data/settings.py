@@ -29,7 +29,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def read_preset(name: str) -> dict[str, Any]:
     """Read one of the presets that come with the package."""
     if name not in PRESETS:
-        raise ConfigError(f"Unknown preset {name!r}. {nearest(name, PRESETS)}")
+        raise ConfigError(f"Unknown preset {name!r}. {nearest(str(name), PRESETS)}")
     return tomllib.loads((resources.files(__package__) / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -53,7 +53,10 @@ def resolve(models: Mapping[str, type[StageConfig]], *layers: tuple[str, Mapping
     for where, layer in layers:
         for section in set(layer) - set(models):
             wrong.append(f"{where}: unknown section [{section}]. {nearest(section, models)}")
-        merged = _merged(merged, {name: value for name, value in layer.items() if name in models})
+        tables = {name: value for name, value in layer.items() if isinstance(value, Mapping)}
+        for section in set(layer) & set(models) - set(tables):
+            wrong.append(f"{where}: [{section}] must be a table, found {layer[section]!r}.")
+        merged = _merged(merged, {name: value for name, value in tables.items() if name in models})
     out = {}
     for section, model in models.items():
         try:
@@ -68,13 +71,17 @@ def resolve(models: Mapping[str, type[StageConfig]], *layers: tuple[str, Mapping
 def _said(section: str, model: type[StageConfig], layers: tuple[tuple[str, Mapping], ...], item: Any) -> str:
     """Turn one pydantic error into a line that names the layer, the field, the value and the next step."""
     path = [str(part) for part in item["loc"]]
-    where = [name for name, layer in layers if path[0] in layer.get(section, {})] or ["settings"]
+    sections = [(name, layer.get(section)) for name, layer in layers]
+    where = [name for name, part in sections if isinstance(part, Mapping) and path[:1] and path[0] in part]
+    where = where or ["settings"]
     field = ".".join([section, *path])
     if item["type"] == "extra_forbidden":
         known = model.model_fields if len(path) == 1 else MODALITIES if len(path) == 2 else ()
         return f"{where[-1]}: unknown option {field}. {nearest(path[-1], known)}"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{where[-1]}: {field} = {item['input']!r}: {message}."
+    message += "" if message.endswith((".", "?")) else "."
+    given = f" = {item['input']!r}" if path else ""
+    return f"{where[-1]}: {field}{given}: {message}"
 
 
 def rooted(written: dict[str, Any], folder: Path) -> dict[str, Any]:

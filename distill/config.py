@@ -2,7 +2,7 @@
 
 from pydantic import field_validator
 
-from ..data.config import ours, paper
+from ..data.config import Names, ours, paper
 from ..data.modality import in_order
 from ..extract.config import BackboneConfig, Theta, backbone
 from ..fuse.config import Missing, TrainingConfig
@@ -11,7 +11,7 @@ from ..fuse.config import Missing, TrainingConfig
 class StudentConfig(TrainingConfig):
     """The student: small trained backbones, a smaller fusion block, and the distillation."""
 
-    modalities: tuple[str, ...] | None = ours(None, "the student's modalities; none: those of the data", "sec. 3.2")
+    modalities: Names | None = ours(None, "the student's modalities; none: those of the data", "sec. 3.2")
     teacher: str | None = ours(
         None, "digest of the cached teacher, or 'none' for the paper's Baseline", "one teacher is the rule"
     )

@@ -59,6 +59,8 @@ def extract_tokens(table: ClipTable, data: DataConfig, config: ExtractConfig) ->
         run_tasks(cache, table, tasks, identities, data, config)
     for modality, fields in identities.items():
         name = digest(fields)
+        if name not in cache.identities(modality):  # a store that was made just before the power went
+            cache.write_identity(modality, name, fields)
         report.stores[modality] = cache.tokens_path(modality, name)
         report.counts[modality] = _counted(cache, table, report.stores[modality], config.views)
         report.failures[modality] = cache.failures(modality, name, table.clip_ids)

@@ -1,8 +1,11 @@
 """All four commands on 24 small clips, twice; the second time nothing is written."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,8 +72,6 @@ def test_command_with_nothing_to_do_imports_neither_torch_nor_timm(home, command
 
 
 def test_options_override_the_settings_and_are_saved_with_the_run(home):
-    import json
-
     (student,) = home.glob("runs/student-*")
     config = json.loads((student / "config.json").read_text())
     assert config["settings"]["epochs"] == 2
@@ -102,3 +103,66 @@ def test_student_of_one_modality_without_teacher_trains(home):
     done = karmma(home, "distill", *options)
     assert done.returncode == 0, done.stderr
     assert "Modalities: D, teacher: none" in done.stderr
+
+
+def shard_bytes(cache: Path) -> dict[str, bytes]:
+    """Return the bytes of every shard and state chunk of a cache."""
+    files = (path for path in cache.glob("tokens/**/c/**/*") if path.is_file())
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("n_receipts", [1, 5])
+def test_extract_killed_at_any_shard_and_run_again_gives_the_bytes_of_one_clean_run(home, tmp_path, n_receipts):
+    def options(name):
+        return ("extract", "--cache", str(tmp_path / name), "--shard-rows", "4", "--batch-size", "2")
+
+    assert karmma(home, *options("clean")).returncode == 0
+    code = "from karmma.cli import main; main()"
+    killed = subprocess.Popen([sys.executable, "-c", code, *options("killed")], cwd=home, stderr=subprocess.DEVNULL)
+    receipts = tmp_path / "killed" / "receipts" / "tokens"
+    give_up = time.monotonic() + 120
+    while len(list(receipts.glob("*/*/view0/*.json"))) < n_receipts and killed.poll() is None:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in receipts.glob("*/*/view0/*.json")}
+    assert n_receipts <= len(kept) < 24
+    done = karmma(home, *options("killed"))
+    assert done.returncode == 0, done.stderr
+    assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "clean")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_clip_that_cannot_be_read_is_named_and_blocks_until_it_is_allowed(home, tmp_path):
+    sample = home / "karmma-sample"
+    text = (sample / "clips.csv").read_text().replace("boxes/", f"{sample}/boxes/")
+    text = text.replace("videos/clip_0001.mp4", "broken.mp4").replace("videos/", f"{sample}/videos/")
+    (tmp_path / "clips.csv").write_text(text)
+    (tmp_path / "broken.mp4").write_bytes(b"this is no video")
+    modalities = 'modalities = ["audio", "detections"]\n'
+    (tmp_path / "karmma.toml").write_text(f'preset = "tiny"\n[data]\ntable = "clips.csv"\n{modalities}')
+    done = karmma(tmp_path, "extract")
+    assert done.returncode == 3
+    assert "failed: audio of clip_0001: " in done.stderr
+    for command in (("train-teacher", *QUICK), ("distill", *QUICK)):
+        blocked = karmma(tmp_path, *command)
+        assert blocked.returncode == 1
+        assert "clip_0001" in blocked.stderr or "no teacher here" in blocked.stderr
+        allowed = karmma(tmp_path, *command, "--allow-failures", "1")
+        assert allowed.returncode == 0, allowed.stderr
+
+
+def test_interrupted_command_ends_with_130_and_says_how_to_go_on(home, tmp_path):
+    code = "from karmma.cli import main; main()"
+    command = [sys.executable, "-c", code, "extract", "--cache", str(tmp_path / "cache"), "--shard-rows", "1"]
+    running = subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE, text=True)
+    give_up = time.monotonic() + 120
+    while not list((tmp_path / "cache").glob("receipts/tokens/*/*/view0/*.json")):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Interrupted." in said
+    assert "Traceback" not in said

@@ -123,3 +123,33 @@ def test_input_settings_name_what_the_modality_sees_and_no_more():
     assert not {"size", "table", "heads", "modalities"} & set(data.input_settings("audio"))
     assert {"size", "flow_clamp_px", "crop_min"} <= set(data.input_settings("flow"))
     assert "flow_clamp_px" not in data.input_settings("video")
+
+
+def test_names_may_be_a_list_or_a_text_with_commas():
+    for value in (["audio", "video"], "audio,video", " audio , video "):
+        assert resolve(SECTIONS, ("x", {"data": {"modalities": value}}))["data"].modalities == ("video", "audio")
+    assert resolve(SECTIONS, ("x", {"data": {"heads": "verb"}}))["data"].heads == ("verb",)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ({"data": 3}, "k.toml: [data] must be a table, found 3."),
+        ({"data": {"heads": ["loss"]}}, "a head cannot be called 'loss'"),
+        ({"data": {"heads": ["a.b"]}}, "a head cannot be called 'a.b'"),
+        ({"data": {"audio_steps": 100}}, "audio_steps * audio_hop is 8000 samples"),
+        ({"data": {"frames": 1}}, "data.frames = 1"),
+        ({"teacher": {"missing": "B.9"}}, "teacher.missing = 'B.9'"),
+    ],
+)
+def test_value_that_does_not_fit_is_one_line(layer, said):
+    with pytest.raises(ConfigError) as caught:
+        resolve(SECTIONS, ("k.toml", layer))
+    assert said in str(caught.value)
+    assert ".." not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_preset_that_is_no_text_is_refused():
+    with pytest.raises(ConfigError, match="Unknown preset 3"):
+        read_preset(3)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from karmma.data.annotations import read_clip_table
 from karmma.data.cache import Cache
-from karmma.data.errors import CacheError, IncompleteCacheError, StaleCacheError
+from karmma.data.errors import CacheError, IncompleteCacheError, RunError, StaleCacheError
 from karmma.data.identity import input_identity
 from karmma.data.runs import RunFolder
 from karmma.data.stores import LogitStore
@@ -153,3 +154,21 @@ def test_cache_without_teacher_says_what_to_run(table, data, config):
     Cache(data.cache).add_clips(table)
     with pytest.raises(CacheError, match=r"no teacher here\. Run karmma train-teacher"):
         distill_student(table, data, config.model_copy(update=WITH_TEACHER))
+
+
+def test_teacher_that_saw_another_file_of_a_clip_is_refused(table, data, config, sample, tmp_path):
+    add_teacher(data, table)
+    text = (sample / "clips.csv").read_text().replace("videos/", f"{sample}/videos/")
+    (tmp_path / "t.csv").write_text(text.replace("boxes/", f"{sample}/boxes/"))
+    other = read_clip_table(tmp_path / "t.csv", data.heads)
+    cache = Cache(data.cache)
+    with pytest.raises(StaleCacheError, match=r"24 clip\(s\) are not those that this teacher saw, such as 'clip_0000'"):
+        find_teacher(cache, other, data, config.model_copy(update=WITH_TEACHER))
+
+
+def test_run_of_a_teacher_cannot_be_evaluated_as_a_student(table, tmp_path):
+    run = RunFolder(tmp_path / "teacher-1")
+    run.start({"kind": "teacher"})
+    run.finish({})
+    with pytest.raises(RunError, match="a teacher's run, expected a student's"):
+        evaluate_student(run, table, "test", "cpu")

@@ -219,3 +219,42 @@ def test_cache_that_cannot_be_written_says_so(table, data, tmp_path):
     (tmp_path / "cache").write_text("a file where the cache should be")
     with pytest.raises(CacheError, match=r"cache/leases: .*Choose a folder that can be written"):
         extract(table, data)
+
+
+def test_cached_tokens_survive_the_loss_of_their_file(table, data):
+    """A neighbour in the same batch is due; the clip whose file is gone by now keeps what the cache has of it."""
+    extract(table, data)
+    before = TokenStore.open(extract(table, data).stores["audio"]).read(np.array([7]), 0)
+    videos = table.parent / "own"
+    videos.mkdir()
+    for row in range(9):
+        name = f"clip_{row:04d}.mp4"
+        (videos / name).write_bytes((table.parent / "videos" / name).read_bytes())
+    moved = [line.replace("videos/", "own/") for line in (table.parent / "all.csv").read_text().splitlines()[:10]]
+    table.write_text("\n".join(moved[:9]) + "\n")
+    first = extract(table, data)
+    assert np.array_equal(TokenStore.open(first.stores["audio"]).read(np.array([7]), 0), before, equal_nan=True)
+    (videos / "clip_0007.mp4").unlink()
+    table.write_text("\n".join(moved) + "\n")
+    second = extract(table, data)
+    assert second.n_written == 2
+    assert second.counts["audio"]["failed"] == 0
+    assert np.array_equal(TokenStore.open(second.stores["audio"]).read(np.array([7]), 0), before, equal_nan=True)
+
+
+def test_failed_clip_that_left_the_table_counts_no_more(table, data):
+    table.write_text(table.read_text().replace("videos/clip_0001.mp4", "gone.mp4"))
+    assert extract(table, data).n_failed == 1
+    lines = [line for line in table.read_text().splitlines() if "gone.mp4" not in line]
+    table.write_text("\n".join(lines) + "\n")
+    report = extract(table, data)
+    assert report.n_failed == 0
+    assert report.failures["audio"] == {}
+
+
+def test_store_whose_identity_file_is_lost_is_found_and_made_good(table, data):
+    report = extract(table, data)
+    cache = Cache.open(data.cache)
+    (cache.receipts("audio", report.stores["audio"].stem) / "identity.json").unlink()
+    extract(table, data)
+    assert list(cache.identities("audio")) == [report.stores["audio"].stem]

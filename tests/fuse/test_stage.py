@@ -130,3 +130,50 @@ def test_teacher_trains_without_video_libraries_and_backbones(made):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_clip_whose_source_changed_is_not_trained_on_with_its_old_tokens(made, tmp_path):
+    (tmp_path / "t.csv").write_text((tmp_path / "clips.csv").read_text().replace("c3,v.mp4", "c3,other.mp4"))
+    with pytest.raises(IncompleteCacheError, match="video: 1 of 24 clips are not extracted as the table has them"):
+        train_teacher(read_clip_table(tmp_path / "t.csv", made.data.heads), made.data, TINY)
+
+
+def test_shard_whose_receipt_is_gone_does_not_exist(made):
+    (name,) = made.cache.identities("audio")
+    made.cache.drop_receipt("audio", name, 0, 0)
+    report = train_teacher(made.table, made.data, TINY)
+    assert report.modalities == ("video",)
+    assert report.left_out == {"audio": "24 of 24 clips are not extracted as the table has them"}
+
+
+def test_table_without_training_clips_is_refused(made, tmp_path):
+    (tmp_path / "t.csv").write_text((tmp_path / "clips.csv").read_text().replace(",train,", ",val,"))
+    with pytest.raises(TableError, match="no clip of split 'train' has a label"):
+        train_teacher(read_clip_table(tmp_path / "t.csv", made.data.heads), made.data, TINY)
+
+
+def test_lost_logits_are_written_again_without_training(made):
+    import shutil
+
+    first = train_teacher(made.table, made.data, TINY)
+    before = LogitStore.open(first.logits).read(np.arange(24), 0)
+    weights = (first.run / "best.safetensors").stat().st_mtime_ns
+    shutil.rmtree(first.logits)
+    second = train_teacher(made.table, made.data, TINY)
+    after = LogitStore.open(second.logits).read(np.arange(24), 0)
+    assert second.run == first.run
+    assert (second.run / "best.safetensors").stat().st_mtime_ns == weights
+    assert all(np.array_equal(before[head], after[head]) for head in before)
+
+
+def test_validation_without_a_clip_labelled_in_every_head_trains_to_the_end(made, tmp_path):
+    lines = (tmp_path / "clips.csv").read_text().splitlines()
+    for at in range(1, 25):
+        cells = lines[at].split(",")
+        if cells[2] == "val":
+            cells[3 + at % 2] = ""
+        lines[at] = ",".join(cells)
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    report = train_teacher(read_clip_table(tmp_path / "t.csv", made.data.heads), made.data, TINY)
+    assert report.result["val"]["action"] is None
+    assert report.result["val"]["verb"] == 1.0
