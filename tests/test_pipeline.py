@@ -92,9 +92,9 @@ def test_one_modality_extracts_that_modality_only(home, tmp_path):
 def test_other_settings_make_a_store_beside_the_old_one_and_training_names_the_field(home, tmp_path):
     cache = str(tmp_path / "cache")
     assert karmma(home, "extract", "--modality", "audio", "--cache", cache).returncode == 0
-    done = karmma(home, "train-teacher", "--cache", cache, "--audio-hop", "120")
+    done = karmma(home, "train-teacher", "--cache", cache, "--audio-mels", "40")
     assert done.returncode == 1
-    assert "audio was extracted under other settings: input.audio_hop is 128, asked for 120" in done.stderr
+    assert "audio was extracted under other settings: input.audio_mels is 48, asked for 40" in done.stderr
     assert "Traceback" not in done.stderr
 
 
