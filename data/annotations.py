@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,9 +63,6 @@ class ClipTable:
         """Number of rows."""
         return len(self.clip_ids)
 
-    def _cell(self, column: str, row: int) -> Any:
-        return self.arrow.column(column)[int(row)].as_py()
-
     def clip(self, row: int) -> Clip:
         """Return one clip; relative paths are relative to the table's folder."""
         clip_id, video, start_s, stop_s, own = self.sources(row)
@@ -75,8 +72,14 @@ class ClipTable:
 
     def sources(self, row: int) -> list[Any]:
         """Return what a receipt digests: [clip_id, video, start_s, stop_s, {modality: path}], paths as written."""
-        own = {name: self._cell(name, row) for name in SOURCES if name in self.arrow.column_names}
-        return [*(self._cell(name, row) for name in ("clip_id", "video", "start_s", "stop_s")), own]
+        return next(self.slice_sources(int(row), 1))
+
+    def slice_sources(self, start: int = 0, n: int | None = None) -> Iterator[list[Any]]:
+        """Yield `sources` of n rows from `start` on, by default of all, read column by column."""
+        names = [name for name in SOURCES if name in self.arrow.column_names]
+        part = self.arrow.select(["clip_id", "video", "start_s", "stop_s", *names]).slice(start, n)
+        for row in zip(*(column.to_pylist() for column in part.columns), strict=True):
+            yield [*row[:4], dict(zip(names, row[4:], strict=True))]
 
     def snapshot(self) -> list[str]:
         """Return each row's split and labels as JSON text, [N]: what a cache remembers to tell changes by."""

@@ -67,8 +67,8 @@ class Cache:
         with self.planning():
             self._read_rows()
             said, changed = [], False
-            for at, clip_id in enumerate(table.clip_ids):
-                source, label = json.dumps(table.sources(at)), labels[at]
+            for sources, label in zip(table.slice_sources(), labels, strict=True):
+                clip_id, source = sources[0], json.dumps(sources)
                 row = self._row_of.get(clip_id)
                 if row is None:
                     self._row_of[clip_id] = len(self.clip_ids)
@@ -196,4 +196,4 @@ def source_digest(source: str) -> str:
 @lru_cache(maxsize=2)
 def table_digests(table: ClipTable) -> np.ndarray:
     """Return what a receipt would record of every clip of a table, [N]."""
-    return np.array([source_digest(json.dumps(table.sources(at))) for at in range(table.n_clips)])
+    return np.array([source_digest(json.dumps(sources)) for sources in table.slice_sources()])
