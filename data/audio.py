@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .config import DataConfig
-from .errors import ConfigError, MediaError
+from .errors import MediaError
 from .media import Media
 
 if TYPE_CHECKING:
@@ -32,10 +32,8 @@ def read_audio(media: Media, times: np.ndarray, span: tuple[float, float], data:
     """Return the log-mel spectrogram around each time, float32 [T, mels, steps], log10 of power.
 
     times, span (start and stop of the clip): seconds on the file's clock.
-    Raises MediaError if the file has a sound track of which no sample lies within the clip, or decoding breaks off;
-    ConfigError if the audio settings do not fit each other.
+    Raises MediaError if the file has a sound track of which no sample lies within the clip, or decoding breaks off.
     """
-    _check(data)
     columns = _columns(times, data)
     reach = _fft_size(data.audio_rate, data.audio_window, data.audio_mels) // 2
     first, last = int(columns[0, 0]) * data.audio_hop - reach, int(columns[-1, -1]) * data.audio_hop + reach
@@ -43,15 +41,6 @@ def read_audio(media: Media, times: np.ndarray, span: tuple[float, float], data:
     unique, place = np.unique(columns, return_inverse=True)
     spectrogram = log_mel(samples, unique * data.audio_hop - first, data)
     return np.ascontiguousarray(spectrogram[place.reshape(columns.shape)].transpose(0, 2, 1))  # [T, mels, steps]
-
-
-def _check(data: DataConfig) -> None:
-    wanted, found = data.audio_segment_s * data.audio_rate, data.audio_steps * data.audio_hop
-    if abs(wanted - found) > data.audio_hop:
-        raise ConfigError(
-            f"data: audio_steps x audio_hop = {found} samples, audio_segment_s x audio_rate = {wanted:.0f}; "
-            f"they must agree within one hop. Set audio_steps = {round(wanted / data.audio_hop)}."
-        )
 
 
 def _columns(times: np.ndarray, data: DataConfig) -> np.ndarray:

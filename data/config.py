@@ -81,7 +81,7 @@ class DataConfig(StageConfig):
         if abs(steps - samples) > self.audio_hop:
             raise ValueError(
                 f"audio_steps * audio_hop is {steps} samples, audio_segment_s * audio_rate is {samples:.0f}; "
-                "they may differ by one hop"
+                f"they must agree within one hop, so set audio_steps to {round(samples / self.audio_hop)}"
             )
         return self
 

@@ -39,8 +39,8 @@ SOUND_ABSENT = (0.56, 0.64)  # noun: the file has no sound track
 VIDEO_FROZEN = (0.00, 0.12)  # verb: one frame repeated
 VIDEO_COVERED = (0.12, 0.20)  # verb and look: a board in front of nearly everything
 BOXES_STILL = (0.18, 0.30)  # verb: the boxes follow a thing that stays where it is
-BOXES_ASTRAY = (0.30, 0.48)  # verb: the boxes wander about
-BOXES_ABSENT = (0.48, 0.54)  # verb: no box file
+BOXES_ASTRAY = (0.30, 0.52)  # verb: the boxes wander about
+BOXES_ABSENT = (0.52, 0.58)  # verb: no box file
 # Drawn on their own, harmful to flow above all.
 P_PAN, P_DISTRACTOR = 0.20, 0.15
 P_HAND = 0.9

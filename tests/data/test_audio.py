@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from karmma.data.audio import log_mel, mel_filters, read_audio, read_samples
 from karmma.data.config import DataConfig
-from karmma.data.errors import ConfigError, MediaError
+from karmma.data.errors import MediaError
 from karmma.data.media import Media
 
 RATE = 16_000
@@ -157,12 +157,6 @@ def test_read_audio_of_a_clip_without_a_sample_fails(wav):
     path = wav("a.wav", tone(500, 0.5))
     with pytest.raises(MediaError, match=r"a\.wav: has a sound track, but no sample between 2\.000 and 3\.000 s"):
         read(path, [2.5], (2.0, 3.0))
-
-
-def test_read_audio_refuses_settings_that_do_not_fit():
-    data = DataConfig(audio_steps=100)
-    with pytest.raises(ConfigError, match=r"= 8000 samples, .* = 17856; .*Set audio_steps = 223"):
-        read_audio(Media("none.wav"), np.array([0.0]), (0.0, 1.0), data)
 
 
 def test_read_samples_of_broken_sound_fails(wav, tmp_path):

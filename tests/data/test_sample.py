@@ -86,7 +86,7 @@ def test_plan_at_full_number_spoils_each_modality_in_the_stated_share_of_every_s
     assert share(lambda plan: plan.covered) == pytest.approx(0.08, abs=0.05)
     assert share(lambda plan: plan.sound != "clear") == pytest.approx(0.39, abs=0.05)
     assert share(lambda plan: plan.sound == "absent") == pytest.approx(0.08, abs=0.05)
-    assert share(lambda plan: plan.boxes != "clear") == pytest.approx(0.36, abs=0.05)
+    assert share(lambda plan: plan.boxes != "clear") == pytest.approx(0.40, abs=0.05)
     assert 0 < share(lambda plan: plan.boxes == "absent") == pytest.approx(0.06, abs=0.05)
 
 
