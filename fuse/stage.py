@@ -54,7 +54,10 @@ def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> 
 
         teacher = Teacher(cache, table, selection, data, config)
         # A finished run whose logits are gone (a cache made anew) need not be trained again.
-        teacher.speak(run, described) if run.is_finished else teacher.train(run, described)
+        if run.is_finished:
+            teacher.speak(run, described)
+        else:
+            teacher.train(run, described)
     result = run.result
     logits = cache.logits_path(result["teacher"])
     return TeacherReport(run.path, logits, tuple(selection.stores), result, selection.left_out, was_there)
