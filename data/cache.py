@@ -16,6 +16,7 @@ from .annotations import ClipTable
 from .config import digest
 from .errors import CacheError, IncompleteCacheError
 from .publish import publish, publish_json, read_json
+from .shards import shard_file
 
 
 class Cache:
@@ -136,7 +137,7 @@ class Cache:
         if not path.exists():
             return None
         found = read_json(path)
-        tokens = self.tokens_path(modality, name) / "tokens" / "c" / str(shard) / str(view) / "0" / "0"
+        tokens = shard_file(self.tokens_path(modality, name) / "tokens", shard, view)
         return found if tokens.exists() and tokens.stat().st_size == found["bytes"] else None
 
     def write_receipt(self, modality: str, name: str, view: int, shard: int, receipt: dict[str, Any]) -> None:

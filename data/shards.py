@@ -21,6 +21,11 @@ MISSING = 2**64 - 1
 OPEN_FILES = 128
 
 
+def shard_file(folder: Path, shard: int, view: int) -> Path:
+    """Return the file of one shard and view of the token array in `folder`."""
+    return folder / "c" / str(shard) / str(view) / "0" / "0"
+
+
 def encode_shard(like: zarr.Array, rows: np.ndarray) -> bytes:
     """Return the bytes of one whole shard of the array `like`, as zarr itself encodes them.
 
@@ -96,7 +101,7 @@ class ShardFiles:
 
     def path(self, shard: int, view: int) -> Path:
         """Return the file of one shard and view."""
-        return self.folder / "c" / str(shard) / str(view) / "0" / "0"
+        return shard_file(self.folder, shard, view)
 
     def _entry(self, shard: int, view: int) -> np.ndarray:
         if (shard, view) not in self._index:

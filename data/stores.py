@@ -9,7 +9,7 @@ import zarr
 from .errors import CacheError, IncompleteCacheError, KarmmaError
 from .modality import PRESENT, UNWRITTEN
 from .publish import publish, publish_folder, read_json
-from .shards import ShardFiles, encode_shard
+from .shards import ShardFiles, encode_shard, shard_file
 
 
 def _opened(path: Path, mode: str = "r") -> zarr.Group:
@@ -81,7 +81,7 @@ class TokenStore:
         Returns the token file and its bytes, for the receipt.  Nothing is readable in part at any instant.
         """
         data = encode_shard(self.tokens, tokens[:, None])
-        path = self.path / "tokens" / "c" / str(shard) / str(view) / "0" / "0"
+        path = shard_file(self.path / "tokens", shard, view)
         publish(path, data)
         padded = np.full(self.shard_rows, UNWRITTEN, np.uint8)
         padded[: len(state)] = state
