@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .data.annotations import ClipTable, read_clip_table
+from .data.annotations import SPLITS, ClipTable
+from .data.clips import read_clips, read_rows
 from .data.config import DataConfig, StageConfig
 from .data.errors import ConfigError, KarmmaError
 from .data.modality import letters
@@ -83,7 +84,9 @@ class Settings:
         """Read the clip table with its label columns, those of the data section unless others are named."""
         if self.data.table is None:
             raise ConfigError("No clip table named. Add [data] table = ... to karmma.toml, or use --table.")
-        return read_clip_table(self.data.table, heads or self.data.heads)
+        table = read_clips(self.data, heads)
+        tell_some(list(table.notes))
+        return table
 
 
 def sample_data() -> Path:
@@ -248,6 +251,30 @@ def latest_student(runs: Path) -> RunFolder:
         raise KarmmaError(f"{runs}: no finished student here. Run karmma distill, or name a run folder.")
     tell(f"Run: {found[-1].path}")
     return found[-1]
+
+
+@app.command("check")
+@with_options("data")
+def check(
+    *,
+    settings: Settings,
+    write: Annotated[Path | None, typer.Option(help="write the table as read, as .csv or .parquet")] = None,
+) -> None:
+    """List every bad row of the clip table, and every clip whose files are not there or too short."""
+    from .data.check import check_clips
+
+    table, bad = read_rows(settings.data, settings.data.heads)
+    tell_some(list(table.notes))
+    with watched("check", table.n_clips, "clips") as progress:
+        bad += check_clips(table, settings.data, progress.advance)
+    for row in bad:
+        out.print(row, soft_wrap=True, markup=False, highlight=False)
+    if write is not None:
+        table.write(write)
+        tell(f"Wrote {write}")
+    splits = ", ".join(f"{len(table.rows(split))} {split}" for split in SPLITS)
+    tell(f"{table.n_clips} clips ({splits}), {len({row.clip_id for row in bad})} with something wrong.")
+    raise typer.Exit(SOME_FAILED if bad else 0)
 
 
 @app.command("demo")

@@ -1,10 +1,9 @@
-"""Clip tables: one's own CSV or Parquet, checked row by row and held as Arrow columns."""
+"""Clip tables, held as Arrow columns: which clips there are, where their files lie, and what they are labelled."""
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +12,16 @@ import numpy as np
 from .config import digest
 from .errors import TableError, nearest
 from .modality import MODALITIES
-from .tables import TextTable, read_text_table
+from .publish import publish
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SPLITS = ("train", "val", "test")
-REQUIRED = ("clip_id", "video")
-# Modalities that may have a file of their own; the video's file is the `video` column itself.
+# Modalities that may have a source of their own; the video's is the `video` column itself.
 SOURCES = tuple(name for name in MODALITIES if name != "video")
-OPTIONAL = ("start_s", "stop_s", "split", "participant", *SOURCES)
-N_SHOWN = 5
-# Integer labels are class indices; a larger one is an identifier that strayed into a label column.
-MAX_CLASSES = 100_000
+# Column -> modality whose numbered frames (or bare samples) come at so many a second.
+RATES = {"video_fps": "video", "flow_fps": "flow", "audio_hz": "audio"}
 INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
@@ -33,8 +29,9 @@ INTEGER = re.compile(r"[+-]?[0-9]+")
 class Clip:
     """One labelled span of a video: a row of the table, with paths resolved.
 
-    stop_s: None for the end of the file.  sources: modality -> its own file; None where the column is there but the
-    cell is empty (absent by design); no key where there is no such column.
+    video: a media file, a folder of numbered frames, or `pack.h5::dataset`; sources alike, by modality: None where the
+    cell is empty (absent by design), no key where there is no such column.  video_id: what boxes and packs call the
+    video.  stop_s: None for the end of the video.  rates: modality -> numbered frames, or samples, a second.
     """
 
     clip_id: str
@@ -42,6 +39,8 @@ class Clip:
     start_s: float
     stop_s: float | None
     sources: Mapping[str, Path | None]
+    video_id: str = ""
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +48,9 @@ class ClipTable:
     """All clips of one table, row by row.
 
     clip_ids, split: [N] fixed-width unicode.  arrow: clip_id, video, start_s, stop_s (null: end of the file), split,
-    participant and source columns (null: empty) where the file has them, and the heads (null: unlabelled).
+    and where the files have them video_id, participant, sources, rates (null: empty) and the heads (null: unlabelled).
+    folder: where relative paths start.  class_names: head -> its classes in the order of their indices, where a data
+    set fixes them.  unseen: participants that the data set keeps out of training; tail: head -> its rare classes.
     """
 
     path: Path
@@ -57,6 +58,12 @@ class ClipTable:
     arrow: "pa.Table"
     clip_ids: np.ndarray
     split: np.ndarray
+    folder: Path
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unseen: frozenset[str] = frozenset()
+    tail: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    is_pruned: bool = False  # whether clips of a noun that is never trained are to be left out
+    notes: tuple[str, ...] = ()  # what the reader left out or moved, for the person at the terminal
 
     @property
     def n_clips(self) -> int:
@@ -64,31 +71,73 @@ class ClipTable:
         return len(self.clip_ids)
 
     def clip(self, row: int) -> Clip:
-        """Return one clip; relative paths are relative to the table's folder."""
-        clip_id, video, start_s, stop_s, own = self.sources(row)
-        folder = self.path.parent
-        files = {name: None if written is None else folder / written for name, written in own.items()}
-        return Clip(clip_id, folder / video, start_s, stop_s, files)
+        """Return one clip; relative paths start at `folder`."""
+        found = {name: values[0] for name, values in self.arrow.slice(int(row), 1).to_pydict().items()}
+        files = {name: found[name] and self.folder / found[name] for name in SOURCES if name in found}
+        rates = {modality: found[name] for name, modality in RATES.items() if found.get(name)}
+        video = self.folder / found["video"]
+        video_id = found.get("video_id") or video.stem
+        return Clip(found["clip_id"], video, found["start_s"], found["stop_s"], files, video_id, rates)
 
     def sources(self, row: int) -> list[Any]:
-        """Return what a receipt digests: [clip_id, video, start_s, stop_s, {modality: path}], paths as written."""
+        """Return what a receipt digests: [clip_id, video, start_s, stop_s, {modality: path}, {rate: value}].
+
+        Paths as written, so that data may move; rates only where the table has any.
+        """
         return next(self.slice_sources(int(row), 1))
 
     def slice_sources(self, start: int = 0, n: int | None = None) -> Iterator[list[Any]]:
         """Yield `sources` of n rows from `start` on, by default of all, read column by column."""
         names = [name for name in SOURCES if name in self.arrow.column_names]
-        part = self.arrow.select(["clip_id", "video", "start_s", "stop_s", *names]).slice(start, n)
+        rates = [name for name in RATES if name in self.arrow.column_names]
+        part = self.arrow.select(["clip_id", "video", "start_s", "stop_s", *names, *rates]).slice(start, n)
+        n_fixed = 4 + len(names)
         for row in zip(*(column.to_pylist() for column in part.columns), strict=True):
-            yield [*row[:4], dict(zip(names, row[4:], strict=True))]
+            said = [*row[:4], dict(zip(names, row[4:n_fixed], strict=True))]
+            yield [*said, dict(zip(rates, row[n_fixed:], strict=True))] if rates else said
+
+    def kept(self, rows: np.ndarray, note: str) -> "ClipTable":
+        """Return the table with the rows where `rows` [N] is True."""
+        ids, split = self.clip_ids[rows], self.split[rows]
+        return replace(self, arrow=self.arrow.filter(rows), clip_ids=ids, split=split, notes=(*self.notes, note))
+
+    def resplit(self, split: np.ndarray, note: str) -> "ClipTable":
+        """Return the table with another split, [N] text."""
+        import pyarrow as pa
+
+        place = self.arrow.column_names.index("split")
+        arrow = self.arrow.set_column(place, "split", pa.array(split.tolist()))
+        return replace(self, arrow=arrow, split=split, notes=(*self.notes, note))
 
     def snapshot(self) -> list[str]:
         """Return each row's split and labels as JSON text, [N]: what a cache remembers to tell changes by."""
         columns = {name: self.arrow.column(name).to_pylist() for name in ("split", *self.heads)}
         return [json.dumps(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
+    def write(self, path: Path) -> None:
+        """Write the table as one's own kind, .csv or .parquet by the suffix; paths stay as they are, from `folder`.
+
+        Raises TableError for another suffix.
+        """
+        import pyarrow as pa
+        from pyarrow import csv, parquet
+
+        kinds = {".csv": csv.write_csv, ".parquet": parquet.write_table}
+        if path.suffix.lower() not in kinds:
+            raise TableError(f"{path}: a clip table ends in .csv or .parquet. Choose another name.")
+        sink = pa.BufferOutputStream()
+        kinds[path.suffix.lower()](self.arrow, sink)
+        publish(path, sink.getvalue().to_pybytes())
+
     def content_digest(self) -> str:
         """Return 16 hex digits over every clip, its sources, times, split and labels, in the table's order."""
         return digest(self.arrow.to_pydict())
+
+    def participants(self) -> np.ndarray:
+        """Return each row's participant, [N] text, '' where none is named."""
+        named = "participant" in self.arrow.column_names
+        texts = self.arrow.column("participant").to_pylist() if named else [None] * self.n_clips
+        return np.array([text or "" for text in texts])
 
     def rows(self, split: str) -> np.ndarray:
         """Return the rows of a split, int64, ascending; raise TableError for a name that is no split."""
@@ -104,8 +153,11 @@ class ClipTable:
     def classes(self, head: str) -> tuple[str, ...]:
         """Return the class names of a head, in the order of their indices, over all splits.
 
-        Words are sorted, those that are numbers by value.  A column of integers holds indices: "0" to its largest.
+        A data set's own order, where it has one.  Else words are sorted, those that are numbers by value, and a column
+        of integers holds indices: "0" to its largest.
         """
+        if head in self.class_names:
+            return self.class_names[head]
         known = {text for text in self._texts(head) if text is not None}
         if known and all(map(INTEGER.fullmatch, known)):
             return tuple(map(str, range(max(map(int, known)) + 1)))
@@ -129,103 +181,3 @@ class ClipTable:
                 f"{self.path}: clip {str(self.clip_ids[row])!r} has the {head} {label!r}, which the run does not know. "
                 f"{nearest(label, names)}"
             ) from None
-
-
-def read_clip_table(path: Path, heads: tuple[str, ...]) -> ClipTable:
-    """Read and check a clip table, CSV or Parquet by its suffix; media files are not looked at.
-
-    Columns: clip_id and video (required); start_s, stop_s in seconds (empty stop: the whole file); split (train, val
-    or test; empty: train); participant; audio, flow, detections (files of their own); and the heads.  Others are left
-    alone.  Raises one TableError that counts all bad rows and shows the first five with line and reason.
-    """
-    path = Path(path)
-    text = read_text_table(path, dict.fromkeys((*REQUIRED, *OPTIONAL, *heads)))
-    missing = [name for name in (*REQUIRED, *heads) if name not in text.columns]
-    if missing:
-        hints = (f"no column {name!r}. {nearest(name, text.header)}" for name in missing)
-        raise TableError(f"{path}: {'  '.join(hints)}")
-    if not text.lines and not text.bad:
-        raise TableError(f"{path}: no rows below the header. A clip table needs at least one clip.")
-    bad = dict(text.bad)
-    values = _checked(text, heads, bad)
-    if bad:
-        shown = [f"{text.unit} {line}: {bad[line]}" for line in sorted(bad)[:N_SHOWN]]
-        rest = f"; and {len(bad) - N_SHOWN} more" if len(bad) > N_SHOWN else ""
-        count = f"{len(bad)} bad row{'s' * (len(bad) > 1)}"
-        raise TableError(f"{path}: {count}: {'; '.join(shown)}{rest}. Correct them and run again.")
-    return _build(path, heads, values)
-
-
-def _checked(text: TextTable, heads: tuple[str, ...], bad: dict[int, str]) -> dict[str, list[Any]]:
-    """Return the columns as values, with None for empty cells; note every bad row in `bad`: line -> first reason."""
-    lines, empty, notes = text.lines, [""] * len(text.lines), []
-    values: dict[str, list[Any]] = {
-        "clip_id": _distinct(text.columns["clip_id"], lines, notes),
-        "video": text.columns["video"],
-    }
-    notes += [(line, "video is empty") for line, video in zip(lines, values["video"], strict=True) if not video]
-    starts = _seconds("start_s", text.columns.get("start_s", empty), lines, notes)
-    values["start_s"] = [0.0 if start is None else start for start in starts]
-    values["stop_s"] = _seconds("stop_s", text.columns.get("stop_s", empty), lines, notes)
-    for line, start, stop in zip(lines, values["start_s"], values["stop_s"], strict=True):
-        if stop is not None and stop <= start:
-            notes.append((line, f"stop_s = {stop:g} is not after start_s = {start:g}"))
-    values["split"] = [split or "train" for split in text.columns.get("split", empty)]
-    unknown = {*values["split"]} - {*SPLITS}
-    for line, split in zip(lines, values["split"], strict=True):
-        if split in unknown:
-            notes.append((line, f"unknown split {split!r}, expected {', '.join(SPLITS)}"))
-    for name in ("participant", *SOURCES):
-        if name in text.columns:
-            values[name] = [cell or None for cell in text.columns[name]]
-    for head in heads:
-        values[head] = _labels(head, text.columns[head], lines, notes)
-    for line, reason in notes:
-        bad.setdefault(line, reason)
-    return values
-
-
-def _distinct(ids: list[str], lines: list[int], notes: list[tuple[int, str]]) -> list[str]:
-    first: dict[str, int] = {}
-    for line, clip_id in zip(lines, ids, strict=True):
-        if not clip_id:
-            notes.append((line, "clip_id is empty"))
-        elif first.setdefault(clip_id, line) != line:
-            notes.append((line, f"clip_id {clip_id!r} is taken by line {first[clip_id]}"))
-    return ids
-
-
-def _seconds(name: str, texts: list[str], lines: list[int], notes: list[tuple[int, str]]) -> list[float | None]:
-    """Return times in seconds, None where the cell is empty or bad."""
-    out: list[float | None] = []
-    for line, text in zip(lines, texts, strict=True):
-        try:
-            value = float(text) if text else None
-        except ValueError:
-            value = math.nan
-        if value is not None and not 0 <= value < math.inf:
-            notes.append((line, f"{name} = {text!r}, expected seconds, 0 or more"))
-            value = None
-        out.append(value)
-    return out
-
-
-def _labels(head: str, texts: list[str], lines: list[int], notes: list[tuple[int, str]]) -> list[str | None]:
-    """Return labels as text; integers, if the column holds nothing else, in their plain form ('07' as '7')."""
-    known = {text for text in texts if text}
-    if not known or not all(map(INTEGER.fullmatch, known)):
-        return [text or None for text in texts]
-    plain: dict[str, str | None] = {text: str(int(text)) for text in known} | {"": None}
-    wrong = {text for text in known if not 0 <= int(text) < MAX_CLASSES}
-    for line, text in zip(lines, texts, strict=True):
-        if text in wrong:
-            notes.append((line, f"{head} = {text}, expected a class index from 0, or an empty cell for no label"))
-    return [plain[text] for text in texts]
-
-
-def _build(path: Path, heads: tuple[str, ...], values: Mapping[str, list[Any]]) -> ClipTable:
-    import pyarrow as pa
-
-    types = dict.fromkeys(("start_s", "stop_s"), pa.float64())
-    arrow = pa.table({name: pa.array(column, types.get(name, pa.string())) for name, column in values.items()})
-    return ClipTable(path, heads, arrow, np.array(values["clip_id"]), np.array(values["split"]))

@@ -6,15 +6,17 @@ computed once.  Windows see the real sound on both sides of a segment; only beyo
 in holes between time stamps, is there silence.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from .config import DataConfig
 from .errors import MediaError
-from .media import Media
+from .views import View
 
 if TYPE_CHECKING:
     import av
@@ -28,7 +30,23 @@ FLOOR = 1e-10
 CRASHING_PLANES = 8
 
 
-def read_audio(media: Media, times: np.ndarray, span: tuple[float, float], data: DataConfig) -> np.ndarray:
+class Sound(Protocol):
+    """Whatever holds the sound of a clip: a media file or a pack."""
+
+    path: Path
+    broken: str  # why the last iteration over `sound_frames` ended early, if it did
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is anything to hear."""
+
+    def sound_frames(self, from_s: float) -> "Iterator[tuple[float, av.AudioFrame]]":
+        """Yield (time, frame), the first at or before `from_s` wherever there is one."""
+
+
+def read_audio(
+    sound: Sound, times: np.ndarray, span: tuple[float, float], view: View, data: DataConfig
+) -> np.ndarray:
     """Return the log-mel spectrogram around each time, float32 [T, mels, steps], log10 of power.
 
     times, span (start and stop of the clip): seconds on the file's clock.
@@ -37,10 +55,29 @@ def read_audio(media: Media, times: np.ndarray, span: tuple[float, float], data:
     columns = _columns(times, data)
     reach = _fft_size(data.audio_rate, data.audio_window, data.audio_mels) // 2
     first, last = int(columns[0, 0]) * data.audio_hop - reach, int(columns[-1, -1]) * data.audio_hop + reach
-    samples = read_samples(media, (first, last), span, data.audio_rate)
+    samples = read_samples(sound, (first, last), span, data.audio_rate)
     unique, place = np.unique(columns, return_inverse=True)
     spectrogram = log_mel(samples, unique * data.audio_hop - first, data)
-    return np.ascontiguousarray(spectrogram[place.reshape(columns.shape)].transpose(0, 2, 1))  # [T, mels, steps]
+    segments = np.ascontiguousarray(spectrogram[place.reshape(columns.shape)].transpose(0, 2, 1))  # [T, mels, steps]
+    return _masked(segments, columns * data.audio_hop / data.audio_rate, span, view)
+
+
+def _masked(segments: np.ndarray, moments: np.ndarray, span: tuple[float, float], view: View) -> np.ndarray:
+    """Put the mean of each segment where the view masks mel bins or a stretch of the clip's time; view 0 masks nothing.
+
+    moments: [T, steps] seconds, so that segments which overlap mask the same sound.  The mean, as it tells nothing.
+    Source: SpecAugment (Park et al. 2019), without time warping.
+    """
+    (low, mels), (early, time) = view.masked_mels, view.masked_time
+    n_mels, means = segments.shape[1], segments.mean(axis=(1, 2), keepdims=True)
+    if mels:
+        band = slice(round(low * n_mels), round((low + mels) * n_mels))
+        segments[:, band] = means
+    if time:
+        shares = (moments - span[0]) / (span[1] - span[0])
+        hushed = (shares >= early) & (shares < early + time)  # [T, steps]
+        segments = np.where(hushed[:, None, :], means, segments)
+    return segments
 
 
 def _columns(times: np.ndarray, data: DataConfig) -> np.ndarray:
@@ -49,35 +86,35 @@ def _columns(times: np.ndarray, data: DataConfig) -> np.ndarray:
     return first[:, None] + np.arange(data.audio_steps)
 
 
-def read_samples(media: Media, wanted: tuple[int, int], span: tuple[float, float], rate: int) -> np.ndarray:
+def read_samples(sound: Sound, wanted: tuple[int, int], span: tuple[float, float], rate: int) -> np.ndarray:
     """Decode samples wanted[0]..wanted[1] (numbered from the clock's zero) at `rate`, mono float32, about -1..1."""
     out = np.zeros(wanted[1] - wanted[0], np.float32)
     heard = np.zeros(len(out), bool)
-    for start_s, frames in _runs(media, wanted[0] / rate, wanted[1] / rate):
-        sound = _resampled(media, frames, rate)
+    for start_s, frames in _runs(sound, wanted[0] / rate, wanted[1] / rate):
+        mono = _resampled(sound.path, frames, rate)
         begin = round(start_s * rate) - wanted[0]
-        low, high = max(begin, 0), min(begin + len(sound), len(out))
+        low, high = max(begin, 0), min(begin + len(mono), len(out))
         if low < high:
-            out[low:high] = sound[low - begin : high - begin]
+            out[low:high] = mono[low - begin : high - begin]
             heard[low:high] = True
-    if media.broken:
-        raise MediaError(f"{media.path}: decoding of the sound breaks off: {media.broken}. Fetch the file again.")
+    if sound.broken:
+        raise MediaError(f"{sound.path}: decoding of the sound breaks off: {sound.broken}. Fetch the file again.")
     clip = slice(max(0, round(span[0] * rate) - wanted[0]), max(0, round(span[1] * rate) - wanted[0]))
     if not heard[clip].any():
         raise MediaError(
-            f"{media.path}: has a sound track, but no sample between {span[0]:.3f} and {span[1]:.3f} s. "
+            f"{sound.path}: has a sound track, but no sample between {span[0]:.3f} and {span[1]:.3f} s. "
             "Correct start_s and stop_s, or leave the cell of its audio column empty."
         )
     if not np.isfinite(out).all():
-        raise MediaError(f"{media.path}: the sound holds values that are not finite. Convert the file again.")
+        raise MediaError(f"{sound.path}: the sound holds values that are not finite. Convert the file again.")
     return out
 
 
-def _runs(media: Media, from_s: float, to_s: float) -> list[tuple[float, list["av.AudioFrame"]]]:
+def _runs(sound: Sound, from_s: float, to_s: float) -> list[tuple[float, list["av.AudioFrame"]]]:
     """Decode the frames from a little before `from_s` up to `to_s`, cut into runs where the time stamps jump."""
     runs: list[tuple[float, list[av.AudioFrame]]] = []
     due = 0.0
-    for time, frame in media.decode(media.sound, from_s - PREROLL_S):
+    for time, frame in sound.sound_frames(from_s - PREROLL_S):
         if not runs or abs(time - due) > HOLE_S:
             runs.append((time, []))
             due = time
@@ -88,14 +125,14 @@ def _runs(media: Media, from_s: float, to_s: float) -> list[tuple[float, list["a
     return runs
 
 
-def _resampled(media: Media, frames: list["av.AudioFrame"], rate: int) -> np.ndarray:
+def _resampled(path: Path, frames: list["av.AudioFrame"], rate: int) -> np.ndarray:
     """Return a run of frames as mono float32 at `rate`, resampled in one piece; channels are averaged."""
     import av
 
     first = frames[0]
     kinds = {(frame.format.name, frame.layout.name, frame.sample_rate) for frame in frames}
     if len(kinds) > 1:
-        raise MediaError(f"{media.path}: the sound changes its form midway ({sorted(kinds)}). Convert the file.")
+        raise MediaError(f"{path}: the sound changes its form midway ({sorted(kinds)}). Convert the file.")
     channels = first.layout.nb_channels
     # The layout stays: FFmpeg's own mixing to mono would make equal channels louder than one of them.
     resampler = av.AudioResampler(format="flt", layout=first.layout.name, rate=rate)

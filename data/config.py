@@ -2,12 +2,22 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from .modality import in_order
+
+# What `video_files` and its like may name of a clip.
+FILE_FIELDS = ("video_id", "participant", "clip_id")
+# Files and folders on this machine, and patterns of files: never part of what a run or a store was made from.
+PATHS = ("table", "val_table", "test_table", "labels", "media", "flow_weights", "cache", "runs")
+PLACES = frozenset({*PATHS, "video_files", "flow_files", "audio_files", "detections_files"})
+# Where a clip's files are is a matter of its row, not of what is made of them.
+SOURCE = ("audio_files", "audio_hz")
+COMPUTED_FLOW = ("flow_method", "flow_step_s", "flow_size", "flow_clamp_px")
 
 
 class StageConfig(BaseModel):
@@ -26,18 +36,44 @@ def ours(default: Any, meaning: str, why: str, **limits: Any) -> Any:
     return Field(default, description=meaning, json_schema_extra={"source": f"ours: {why}"}, **limits)
 
 
-def _names(value: Any) -> Any:
+def _parts(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 # Several names: a list in TOML, or one text with commas between.
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
+
+
+# A fixed part of the picture: left, top, right, bottom.
+Box = tuple[int, int, int, int]
 
 
 class DataConfig(StageConfig):
     """Which clips, and what a model sees of one: the same for teacher and student, so that views can be replayed."""
 
-    table: Path | None = ours(None, "clip table (CSV); without one the sample data is used", "needed for own data")
+    table: Path | None = ours(
+        None, "clip table: CSV, Parquet, or the official file of EPIC-KITCHENS or Something-Something", "for own data"
+    )
+    val_table: Path | None = ours(None, "official table of the validation split", "it is a file of its own")
+    test_table: Path | None = ours(None, "official table of the test split, labelled or not", "it is a file of its own")
+    labels: Path | None = ours(None, "Something-Something's labels.json", "else the one beside the table")
+    prune: bool = paper(True, "leave out EPIC-KITCHENS clips whose noun is never trained", "sec. 4, Datasets")
+    holdout: Literal["none", "clips", "videos"] = ours(
+        "none", "split the training table in two, clip by clip or video by video; val_table is then the test split",
+        "Epic-Kitchens* of the paper's sec. 4 is 'clips'",
+    )  # fmt: skip
+    holdout_share: float = paper(0.1, "share of the clips that holdout keeps for validation", "sec. 4", gt=0, lt=1)
+    holdout_seed: int = ours(0, "seed of the holdout", "any number will do")
+    media: Path | None = ours(None, "folder that the paths of clips start from", "else the folder of the table")
+    video_files: str | None = ours(
+        None, "where a clip's video is, such as {participant}/videos/{video_id}.MP4", "else the column 'video'"
+    )
+    flow_files: str | None = ours(None, "the same for released flow: folders of u/ and v/, or packs", "else computed")
+    audio_files: str | None = ours(None, "the same for sound files", "else the video's own sound track")
+    detections_files: str | None = ours(None, "the same for boxes; * finds a file in parts", "else no detections")
+    video_fps: float | None = ours(None, "numbered frames a second, of every clip", "else the column video_fps", gt=0)
+    flow_fps: float | None = ours(None, "numbered flow frames a second, of every clip", "else the column", gt=0)
+    audio_hz: float | None = ours(None, "samples a second of packed waveforms", "else attribute or column", gt=0)
     cache: Path = ours(Path("cache"), "folder of the cache", "README")
     runs: Path = ours(Path("runs"), "folder that gets one folder a run", "README")
     heads: Names = paper(("verb", "noun"), "label columns of the table, one classifier each", "sec. 3.1")
@@ -46,9 +82,18 @@ class DataConfig(StageConfig):
     size: int = ours(224, "height and width in pixels of video and flow", "as frames", ge=8)
     center_crop: float = ours(0.875, "side of the clean view's crop over the short side", "256 -> 224", gt=0, le=1)
     crop_min: float = ours(0.7, "smallest crop side of an augmented view over the short side", "not stated", gt=0, le=1)
+    crop_box: Annotated[Box | None, BeforeValidator(_parts)] = ours(
+        None, "x0,y0,x1,y1 in source pixels: the fixed part of the picture that views are cut from", "else all of it"
+    )
     flip: bool = ours(False, "mirror half of the augmented views", "mirroring changes labels such as 'left to right'")
     view_seed: int = ours(0, "base seed of the augmented views", "any number will do")
-    flow_method: Literal["dis"] = ours("dis", "optical flow computed from the video", "fast, no weights needed")
+    color_jitter: float = ours(
+        0.2, "how far an augmented view may change brightness, contrast and saturation, as a share", "usual", ge=0, lt=1
+    )
+    flow_method: Literal["dis", "farneback", "raft_small", "raft_large", "released"] = ours(
+        "dis", "optical flow computed from the video, or 'released': read from flow_files", "fast, no weights needed"
+    )
+    flow_weights: Path | None = ours(None, "weights file of RAFT", "nothing is downloaded")
     flow_step_s: float = ours(0.05, "seconds between the two frames of a flow pair", "EPIC: 3 frames at 60 fps", gt=0)
     flow_size: int = ours(256, "short side in pixels at which flow is computed", "EPIC's released flow: 256", ge=32)
     flow_clamp_px: float = ours(20.0, "flow in pixels that the largest value stands for", "Kinetics I3D: 20", gt=0)
@@ -58,6 +103,9 @@ class DataConfig(StageConfig):
     audio_window: int = ours(400, "samples in a spectrogram window", "25 ms at 16 kHz, the usual for AST", ge=16)
     audio_mels: int = ours(128, "mel bins", "as audio_rate", ge=8)
     audio_steps: int = ours(224, "steps of one segment's spectrogram", "1.116 s at a hop of 80 samples", ge=8)
+    audio_mask: float = ours(
+        0.1, "largest share of mels, and of time, masked in an augmented view", "after SpecAugment", ge=0, lt=1
+    )
     max_boxes: int = ours(8, "boxes kept per frame, best scores first", "Something-Else has at most 4 a frame", ge=1)
 
     @field_validator("modalities")
@@ -74,6 +122,29 @@ class DataConfig(StageConfig):
             if name == "loss" or "." in name:
                 raise ValueError(f"a head cannot be called {name!r}: metrics and checkpoints need 'loss' and dots")
         return value
+
+    @field_validator("crop_box")
+    @classmethod
+    def _some_pixels(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value and not (0 <= value[0] < value[2] and 0 <= value[1] < value[3]):
+            raise ValueError("expected left, top, right, bottom in pixels, right and bottom the larger ones")
+        return value
+
+    @field_validator("video_files", "flow_files", "audio_files", "detections_files")
+    @classmethod
+    def _known_fields(cls, value: str | None) -> str | None:
+        unknown = {*re.findall(r"{(.*?)}", value or "")} - {*FILE_FIELDS}
+        if unknown:
+            raise ValueError(f"{{{unknown.pop()}}} is not known; use {', '.join(f'{{{n}}}' for n in FILE_FIELDS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _flow_fits(self) -> Self:
+        if self.flow_method.startswith("raft") and self.flow_weights is None:
+            raise ValueError(f"flow_method {self.flow_method} needs flow_weights, a file of its weights")
+        if self.flow_files is not None and self.flow_method != "released":
+            raise ValueError(f"flow_files needs flow_method released, found {self.flow_method}; or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _segment_fits(self) -> Self:
@@ -96,10 +167,16 @@ class DataConfig(StageConfig):
 
     def input_settings(self, modality: str) -> dict[str, Any]:
         """Return the fields that decide what `modality` looks like; they are part of a cache's identity."""
-        crop = ("size", "center_crop", "crop_min", "flip")
-        own = {"video": crop, "flow": (*crop, "flow_"), "audio": ("audio_",), "detections": (*crop[1:], "max_boxes")}
-        wanted = ("frames", "view_seed", *own[modality])
-        return {name: value for name, value in self.model_dump(mode="json").items() if name.startswith(wanted)}
+        view = ("center_crop", "crop_min", "crop_box", "flip")
+        heard = (name for name in type(self).model_fields if name.startswith("audio_"))
+        own = {
+            "video": ("size", *view, "color_jitter"),
+            "flow": ("size", *view, *(("flow_method",) if self.flow_method == "released" else COMPUTED_FLOW)),
+            "audio": tuple(name for name in heard if name not in SOURCE),
+            "detections": (*view, "max_boxes"),
+        }[modality]
+        values = self.model_dump(mode="json")
+        return {name: values[name] for name in ("frames", "view_seed", *own)}
 
 
 def digest(value: Any) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from .errors import MediaError
 from .media import EPSILON_S
-from .views import View, crop_box
+from .views import View, crop_square
 
 # Something-Something V2, on which the official files rest, has 12 frames a second; they do not say so.
 OFFICIAL_FPS = 12.0
@@ -112,7 +112,7 @@ def place_boxes(
     has none.  picture_size: width and height of the upright video, asked only where the file does not say.
     """
     width, height = boxes.size or picture_size()
-    left, top, side = crop_box(width, height, view)
+    left, top, side = crop_square(width, height, view)
     out = np.zeros((len(times), max_boxes, 6), np.float32)
     for step, time in enumerate(times):
         rows = boxes.frames.get(int((time + EPSILON_S) * boxes.fps))

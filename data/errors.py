@@ -20,6 +20,10 @@ class MediaError(KarmmaError, OSError):
     """A media file that cannot be read; it makes one modality of one clip `failed`."""
 
 
+class InstallationError(KarmmaError, ImportError):
+    """A library that is missing or broken: the environment is at fault, not the files."""
+
+
 class CacheError(KarmmaError, OSError):
     """A cache that is damaged, read-only or missing what was asked for."""
 

@@ -6,12 +6,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from .config import DataConfig
+from .flow_methods import flow_identity
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Raised by hand whenever our own reading, cropping, flow or spectrogram code changes what a model sees.
-PREPROCESSING = 1
+PREPROCESSING = 2
 FORMAT = 1
 
 
@@ -24,7 +25,8 @@ def input_identity(modality: str, data: DataConfig) -> dict[str, Any]:
     """Return everything that decides what a model sees of a clip's `modality`, apart from the clip itself."""
     decoders = {"flow": ["av", "opencv-python-headless"], "detections": []}.get(modality, ["av"])
     settings = data.input_settings(modality)
-    return {"preprocessing": PREPROCESSING, "decoder": [major(name) for name in decoders], **settings}
+    method = flow_identity(data) if modality == "flow" else {}
+    return {"preprocessing": PREPROCESSING, "decoder": [major(name) for name in decoders], **settings, **method}
 
 
 def token_identity(

@@ -1,9 +1,9 @@
 """Media files of any container that PyAV reads: opening, the clock, and decoding forward from a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 EPSILON_S = 6e-4
 # How far before the wanted time a seek may have to go: some indexes know decoding times only, some are coarse.
 SEEK_BACK_S = (0.0, 2.0, 10.0)
+# Decoding on for so many seconds costs about as much as going back to a key frame, where no index tells.
+FAR_S = 4.0
 # A file may state a duration this much longer than what it holds (rounding, delays) before it counts as cut short.
 STATED_SLACK_S = 0.5
 
@@ -28,6 +30,27 @@ class Reading:
     state: int
     array: "np.ndarray | None"
     reason: str = ""
+
+
+def located(path: Path) -> Path:
+    """Return the one file or folder that a path with `*` stands for; unless there is exactly one, the path as it is."""
+    file, inside, name = str(path).partition("::")
+    if "*" not in file:
+        return path
+    found = sorted(Path(path.anchor).glob(str(Path(file).relative_to(path.anchor))))
+    return Path(f"{found[0]}{inside}{name}") if len(found) == 1 else path
+
+
+class Frame:
+    """One frame of a film: when it is shown, for how long it is meant to stay (0: unknown), and its picture."""
+
+    def __init__(self, time: float, lasts: float, load: "Callable[[], av.VideoFrame]") -> None:
+        self.time, self.lasts, self._load = time, lasts, load
+
+    @cached_property
+    def picture(self) -> "av.VideoFrame":
+        """The decoded picture; raises MediaError if it is damaged."""
+        return self._load()
 
 
 class Media:
@@ -42,7 +65,6 @@ class Media:
         self.broken = ""
         self._container: av.container.InputContainer | None = None
         self._used = False
-        self._converters: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -61,6 +83,8 @@ class Media:
     def _open(self) -> "av.container.InputContainer":
         import av
 
+        if "*" in str(self.path):
+            raise MediaError(f"{self.path}: stands for no file, or for several; expected one. Correct the pattern.")
         if not self.path.exists():
             raise MediaError(f"{self.path}: no such file. Put it there, or correct the clip table.")
         try:
@@ -96,6 +120,20 @@ class Media:
         if stream.start_time is not None and self.container.format.name != "avi":
             return float(stream.start_time * stream.time_base)
         return next((time for time, _ in self._decode_forward(stream.index, None, 0.0)), 0.0)
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds that a frame usually lasts; 0 where there is no picture, or no telling."""
+        rate = self.pictures and self.pictures.average_rate
+        return float(1 / rate) if rate else 0.0
+
+    @property
+    def stated_s(self) -> float:
+        """Seconds that the header promises: quick, and less to be believed than `duration_s`, its fallback."""
+        stream = self.pictures or self.sound
+        if stream is not None and stream.duration:
+            return float(stream.duration * stream.time_base)
+        return self.duration_s if not self.container.duration else self.container.duration / 1e6
 
     @cached_property
     def duration_s(self) -> float:
@@ -134,6 +172,41 @@ class Media:
             raise MediaError(f"{self.path}: not one packet can be read. Fetch it again.")
         return float(end * stream.time_base)
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is a video stream, cover pictures aside."""
+        return self.pictures is not None
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is an audio stream."""
+        return self.sound is not None
+
+    def worth_seeking(self, from_s: float, to_s: float) -> bool:
+        """Say whether a key frame lies between two moments, by the file's index; without one, whether they are far."""
+        stream = self.pictures
+        tick, zero_s = float(stream.time_base), self.start_s
+        keys = [entry.timestamp * tick - zero_s for entry in stream.index_entries if entry.is_keyframe]
+        if len(keys) < 2:  # no index, or one that is only read as the file is
+            return to_s - from_s > FAR_S
+        return any(from_s < key <= to_s for key in keys)
+
+    def frames(self, from_s: float) -> Iterator[Frame]:
+        """Yield the frames of the video in order of display, as `decode` does."""
+        usual = self.frame_s
+        for time, picture in self.decode(self.pictures, from_s):
+            lasts = float(picture.duration * picture.time_base) if picture.duration and picture.time_base else 0.0
+            yield Frame(time, lasts or usual, partial(self._intact, time, picture))
+
+    def _intact(self, time: float, picture: "av.VideoFrame") -> "av.VideoFrame":
+        if picture.is_corrupt:
+            raise MediaError(f"{self.path}: the frame at {time:.3f} s is damaged. Fetch the file again.")
+        return picture
+
+    def sound_frames(self, from_s: float) -> "Iterator[tuple[float, av.AudioFrame]]":
+        """Yield (time, frame) of the sound, as `decode` does."""
+        return self.decode(self.sound, from_s)
+
     def decode(self, stream: "av.VideoStream | av.AudioStream", from_s: float) -> Iterator[tuple[float, Any]]:
         """Yield (time, frame) in order of display, the first at or before `from_s` wherever the file has one.
 
@@ -151,14 +224,6 @@ class Media:
                 yield from frames
                 return
         yield from self._decode_forward(index, None, zero_s)
-
-    def converted(self, frame: "av.VideoFrame", form: str) -> "np.ndarray":
-        """Return a frame as an array, full range, in FFmpeg's pixel format `form`; one set-up serves the whole file."""
-        from av.video.reformatter import VideoReformatter
-
-        if form not in self._converters:
-            self._converters[form] = VideoReformatter()
-        return self._converters[form].reformat(frame, format=form, threads=1).to_ndarray()
 
     def _decode_forward(self, index: int, from_s: float | None, zero_s: float) -> Iterator[tuple[float, Any]]:
         """Decode from the key frame before `from_s`, or from the beginning; times never run backwards."""

@@ -1,25 +1,43 @@
 """Raw clips: what each modality of a clip looks like in one view, or the reason why it is not there.
 
-This file alone knows which modality comes from which file: video and flow from one pass over the video, audio from the
-video's sound track or the file of the `audio` column, detections from the file of the `detections` column.
+This file alone knows which modality comes from which source: video and computed flow from one pass over the film
+(a media file, a folder or a pack of numbered frames), released flow from u/v pictures, audio from the video's sound
+track or the audio source, detections from the detections source.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from .annotations import Clip
-from .audio import read_audio
+from .audio import Sound, read_audio
 from .config import DataConfig
 from .detections import has_boxes, place_boxes, read_boxes
 from .errors import MediaError
-from .flow import FlowPairs, flow_picture, pair_ends
-from .media import Media, Reading
+from .media import Media, Reading, located
 from .modality import ABSENT, FAILED, PRESENT
-from .video import frames_at, to_rgb, video_picture
+from .packs import PackedSound, open_frames, split_pack
+from .pictures import Asked, read_pictures
+from .released import read_released
+from .video import Converter, Film, frames_at
 from .views import View, view_times
 
-__all__ = ["Reading", "read_clip"]
+__all__ = ["Reading", "read_clip", "read_clips"]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """One clip in one view: the modalities to read, and the moments [T] at which they are sampled."""
+
+    clip: Clip
+    view: View
+    asked: tuple[str, ...]
+    span: tuple[float, float]
+    times: np.ndarray
 
 
 def read_clip(clip: Clip, view: View, modalities: tuple[str, ...], data: DataConfig) -> dict[str, Reading]:
@@ -30,26 +48,40 @@ def read_clip(clip: Clip, view: View, modalities: tuple[str, ...], data: DataCon
     of detections, a file of them that leaves the video out, or no box within the clip.
     FAILED: anything else, with a reason that names the file.  What one modality gives does not depend on the others.
     """
-    asked = [name for name in modalities if clip.sources.get(name, clip.video) is not None]
-    readings = {name: _absent(f"the {name} cell of the table is empty") for name in modalities if name not in asked}
-    with Media(clip.video) as film:
-        try:
-            span = start_s, stop_s = _span(clip, film)
-        except MediaError as error:
-            return readings | dict.fromkeys(asked, Reading(FAILED, None, str(error)))
-        times = view_times(view, start_s, stop_s)
-        pictured = [name for name in ("video", "flow") if name in asked]
-        if pictured:
-            readings |= _read_pictures(clip, film, pictured, times, (stop_s, view, data))
-        if "audio" in asked:
-            readings["audio"] = _attempt(lambda: _read_audio(clip, film, times, span, data))
-        if "detections" in asked:
-            readings["detections"] = _attempt(lambda: _read_detections(clip, film, times, span, view, data))
-    return {name: readings[name] for name in modalities}
+    return read_clips([clip], [view], [modalities], data)[0]
 
 
-def _span(clip: Clip, film: Media) -> tuple[float, float]:
-    """Return start and stop of a clip; one without a stop lasts as long as its file."""
+def read_clips(
+    clips: Sequence[Clip], views: Sequence[View], modalities: Sequence[tuple[str, ...]], data: DataConfig
+) -> list[dict[str, Reading]]:
+    """Read clips of one video, those near each other in one pass; each comes out as `read_clip` gives it alone."""
+    out: list[dict[str, Reading]] = []
+    orders: list[_Order] = []
+    with open_film(clips[0].video, clips[0].rates.get("video")) as film:
+        for clip, view, names in zip(clips, views, modalities, strict=True):
+            asked = tuple(name for name in names if clip.sources.get(name, clip.video) is not None)
+            out.append({name: _absent(f"the {name} cell of the table is empty") for name in names if name not in asked})
+            try:
+                span = _span(clip, film)
+            except MediaError as error:
+                out[-1] |= dict.fromkeys(asked, Reading(FAILED, None, str(error)))
+                asked, span = (), (0.0, 1.0)
+            orders.append(_Order(clip, view, asked, span, view_times(view, *span)))
+        for found, pictures in zip(out, _read_pictures(film, orders, data), strict=True):
+            found |= pictures
+        for found, order in zip(out, orders, strict=True):
+            found |= _read_rest(film, order, data)
+    return [{name: found[name] for name in names} for found, names in zip(out, modalities, strict=True)]
+
+
+def open_film(path: Path, fps: float | None) -> AbstractContextManager[Film]:
+    """Return the frames of a video, not opened yet: a media file, a folder of numbered frames or `pack.h5::dataset`."""
+    path = located(path)
+    return open_frames(path, fps) if path.is_dir() or split_pack(path) else Media(path)
+
+
+def _span(clip: Clip, film: Film) -> tuple[float, float]:
+    """Return start and stop of a clip; one without a stop lasts as long as its video."""
     stop_s = film.duration_s if clip.stop_s is None else clip.stop_s
     if stop_s <= clip.start_s:
         raise MediaError(f"{clip.video}: the clip starts at {clip.start_s:.3f} s, the file ends at {stop_s:.3f} s.")
@@ -67,87 +99,79 @@ def _absent(reason: str) -> Reading:
     return Reading(ABSENT, None, reason)
 
 
-def _read_pictures(
-    clip: Clip, film: Media, names: list[str], times: np.ndarray, settings: tuple[float, View, DataConfig]
-) -> dict[str, Reading]:
-    """Read video, flow or both in one pass over the file."""
-    readings = {}
-    if clip.sources.get("flow") is not None and "flow" in names:
-        reason = f"{clip.sources['flow']}: flow files are not read; leave out the flow column to compute flow."
-        readings["flow"] = Reading(FAILED, None, reason)
-        names = [name for name in names if name != "flow"]
+def _read_pictures(film: Film, orders: list[_Order], data: DataConfig) -> list[dict[str, Reading]]:
+    """Read video, computed flow or both of every clip that asks for them."""
+    names = [tuple(name for name in ("video", "flow") if _is_decoded(name, order, data)) for order in orders]
+    due = [at for at, wanted in enumerate(names) if wanted]
+    out: list[dict[str, Reading]] = [{} for _ in orders]
     try:
-        if film.pictures is None:
-            return dict.fromkeys(names, _absent(f"{clip.video} has no video stream")) | readings
-        video, pairs = _decode_pictures(film, names, times, settings)
+        if due and not film.has_pictures:
+            absent = _absent(f"{film.path} has no video stream")
+            return [dict.fromkeys(wanted, absent) for wanted in names]
+        asked = [Asked(names[at], orders[at].times, orders[at].span[1], orders[at].view) for at in due]
+        for at, found in zip(due, read_pictures(film, asked, data) if due else [], strict=True):
+            out[at] = found
     except MediaError as error:
-        return dict.fromkeys(names, Reading(FAILED, None, str(error))) | readings
-    if "video" in names:
-        readings["video"] = Reading(PRESENT, video)
-    if "flow" in names:
-        readings["flow"] = _attempt(lambda: Reading(PRESENT, _flow_pictures(pairs, settings)))
-    return readings
+        return [dict.fromkeys(wanted, Reading(FAILED, None, str(error))) for wanted in names]
+    return out
 
 
-def _decode_pictures(
-    film: Media, names: list[str], times: np.ndarray, settings: tuple[float, View, DataConfig]
-) -> tuple[np.ndarray, FlowPairs]:
-    """Return the video's pictures, uint8 [T, 3, S, S], and the frames of the flow pairs, each if asked for."""
-    stop_s, view, data = settings
-    n_times = len(times)
-    ends, forward = pair_ends(times, stop_s, data.flow_step_s)
-    video = np.empty(data.input_shape("video"), np.uint8)
-    pairs = FlowPairs(film, n_times, data.flow_size)
-    for shown in frames_at(film, times, ends if "flow" in names else ()):
-        here = [place for place in shown.places if place < n_times]
-        if "video" in names and here:
-            video[here] = video_picture(to_rgb(film, shown.frame), view, data.size)
-        if "flow" in names:
-            there = [place - n_times for place in shown.places if place >= n_times]
-            firsts = [i for i in here if forward[i]] + [i for i in there if not forward[i]]
-            seconds = [i for i in here if not forward[i]] + [i for i in there if forward[i]]
-            pairs.take(shown, firsts, seconds)
-    return video, pairs
+def _is_decoded(name: str, order: _Order, data: DataConfig) -> bool:
+    computed = data.flow_method != "released" and order.clip.sources.get("flow") is None
+    return name in order.asked and (name == "video" or (name == "flow" and computed))
 
 
-def _flow_pictures(pairs: FlowPairs, settings: tuple[float, View, DataConfig]) -> np.ndarray:
-    """Return flow as pictures, uint8 [T, 3, S, S]."""
-    _, view, data = settings
-    flow = np.empty(data.input_shape("flow"), np.uint8)
-    for place, field in enumerate(pairs.fields(data.flow_step_s)):
-        flow[place] = flow_picture(field, view, data.size, data.flow_clamp_px)
-    return flow
+def _read_rest(film: Film, order: _Order, data: DataConfig) -> dict[str, Reading]:
+    """Read what does not come from the film's pictures."""
+    readers = {"flow": _read_flow, "audio": _read_audio, "detections": _read_detections}
+    due = [name for name in order.asked if name in readers and not _is_decoded(name, order, data)]
+    return {name: _attempt(partial(readers[name], film, order, data)) for name in due}
 
 
-def _read_audio(clip: Clip, film: Media, times: np.ndarray, span: tuple[float, float], data: DataConfig) -> Reading:
-    own = clip.sources.get("audio")
+def _read_flow(film: Film, order: _Order, data: DataConfig) -> Reading:
+    source, fps = order.clip.sources.get("flow"), order.clip.rates.get("flow")
+    if source is None:
+        raise MediaError(f"{film.path}: no released flow is named. Set flow_files, or have flow computed.")
+    if data.flow_method != "released":
+        raise MediaError(f"{source}: flow_method {data.flow_method} does not read it. Set released or drop the column.")
+    return Reading(PRESENT, read_released(located(source), fps, order.times, order.view, data))
+
+
+def _read_audio(film: Film, order: _Order, data: DataConfig) -> Reading:
+    own = order.clip.sources.get("audio")
     if own is None:
-        if film.sound is None:
-            return _absent(f"{clip.video} has no sound track")
-        return Reading(PRESENT, read_audio(film, times, span, data))
-    with Media(own) as recording:
-        if recording.sound is None:
+        if not isinstance(film, Media):
+            return _absent(f"{film.path} holds frames and no sound")
+        if not film.has_sound:
+            return _absent(f"{film.path} has no sound track")
+        return Reading(PRESENT, read_audio(film, order.times, order.span, order.view, data))
+    with _open_sound(located(own), order.clip.rates.get("audio")) as recording:
+        if not recording.has_sound:
             raise MediaError(f"{own}: has no sound track. Leave its cell in the table empty, or name another file.")
-        return Reading(PRESENT, read_audio(recording, times, span, data))
+        return Reading(PRESENT, read_audio(recording, order.times, order.span, order.view, data))
 
 
-def _read_detections(
-    clip: Clip, film: Media, times: np.ndarray, span: tuple[float, float], view: View, data: DataConfig
-) -> Reading:
+def _open_sound(path: Path, rate: float | None) -> AbstractContextManager[Sound]:
+    return PackedSound(path, rate) if split_pack(path) else Media(path)
+
+
+def _read_detections(film: Film, order: _Order, data: DataConfig) -> Reading:
+    clip, (start_s, stop_s) = order.clip, order.span
     source = clip.sources.get("detections")
     if source is None:
         return _absent("the table has no detections column")
-    boxes = read_boxes(source, (clip.video.stem, clip.clip_id))
+    boxes = read_boxes(source, (clip.video_id or clip.video.stem, clip.clip_id))
     if boxes is None:
-        return _absent(f"{source} has no boxes of {clip.video.stem}")
-    if not has_boxes(boxes, *span):
-        return _absent(f"{source} has no box between {span[0]:.3f} and {span[1]:.3f} s")
-    return Reading(PRESENT, place_boxes(boxes, times, view, data.max_boxes, lambda: _picture_size(film)))
+        return _absent(f"{source} has no boxes of {clip.video_id or clip.video.stem}")
+    if not has_boxes(boxes, start_s, stop_s):
+        return _absent(f"{source} has no box between {start_s:.3f} and {stop_s:.3f} s")
+    size = partial(_picture_size, film, order.times[0])
+    return Reading(PRESENT, place_boxes(boxes, order.times, order.view, data.max_boxes, size))
 
 
-def _picture_size(film: Media) -> tuple[int, int]:
+def _picture_size(film: Film, time: float) -> tuple[int, int]:
     """Return width and height of the upright video."""
-    if film.pictures is None:
+    if not film.has_pictures:
         raise MediaError(f"{film.path}: has no picture to take the size from. State width and height with the boxes.")
-    height, width, _ = to_rgb(film, next(frames_at(film, [0.0])).frame).shape
+    height, width, _ = Converter().rgb(next(frames_at(film, [time])).frame).shape
     return width, height

@@ -8,12 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .config import StageConfig
+from .config import PATHS, StageConfig
 from .errors import ConfigError, nearest
 from .modality import MODALITIES
 
 PRESETS = ("tiny", "paper")
-PATHS = {"data": ("table", "cache", "runs")}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def rooted(written: dict[str, Any], folder: Path) -> dict[str, Any]:
     out = {section: dict(part) if isinstance(part, dict) else part for section, part in written.items()}
     for section, part in out.items():
         for name, value in part.items() if isinstance(part, dict) else ():
-            if name in PATHS.get(section, ()) and isinstance(value, str):
+            if section == "data" and name in PATHS and isinstance(value, str):
                 part[name] = str(folder / value)
             elif isinstance(value, dict) and (folder / str(value.get("weights"))).is_file():
                 part[name] = {**value, "weights": str(folder / value["weights"])}

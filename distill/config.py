@@ -34,7 +34,7 @@ class StudentConfig(TrainingConfig):
     gamma: float = paper(0.7, "weight of cross-entropy in Eq. 5", "sec. 4", ge=0)
     kl_lambda: float = paper(0.3, "weight of KL in Eq. 5 (lambda)", "sec. 4", ge=0)
     temperature: float = paper(1.0, "temperature of KL", "Eq. 4 has none", gt=0)
-    readers: int = ours(2, "threads that read clips", "two cores", ge=1)
+    readers: int = ours(2, "processes that read clips", "two cores", ge=1)
     input_cache_mb: int = ours(
         2048, "memory for decoded clips, so that later epochs need no decoding", "8 GB PCs", ge=0
     )

@@ -1,7 +1,7 @@
 """The student's training: raw clips beside cached teacher logits, Eq. 5 with modality dropout."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from .teacher import CachedTeacher
 
 
 class Distillation:
-    """One student in training; a `Course` for `fit`."""
+    """One student in training, in a `with` block; a `Course` for `fit`."""
 
     def __init__(
         self,
@@ -56,6 +56,12 @@ class Distillation:
         self.present = present
         self.rows = usable_rows(table, data.heads, present)
         self.steps_per_epoch = -(-len(self.rows["train"]) // config.batch_size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.__exit__()
 
     def train(self, run: RunFolder, described: dict[str, Any]) -> None:
         """Train and mark the run as finished."""

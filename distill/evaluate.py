@@ -86,7 +86,7 @@ def evaluate_run(run: RunFolder, table: ClipTable, split: str, device: str, made
     if not len(rows):
         raise TableError(f"{table.path}: no labelled clip in split {split!r}. Choose another with --split.")
     stream = ClipStream(table, data, student.modalities, allow_failures=len(rows))
-    with watched("evaluate", len(rows), "clips") as progress:
+    with stream, watched("evaluate", len(rows), "clips") as progress:
         found = subset_logits(student, stream, rows, subsets(student.modalities), on, progress.advance)
     if not len(found.rows):
         clip_id, reason = next(iter(stream.failed.items()))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.annotations import ClipTable
 from ..data.cache import Cache
-from ..data.config import DataConfig, digest
+from ..data.config import PLACES, DataConfig, digest
 from ..data.errors import RunError
 from ..data.identity import input_identity
 from ..data.runs import RunFolder
@@ -50,7 +50,8 @@ def distill_student(table: ClipTable, data: DataConfig, config: StudentConfig) -
         from .distillation import Distillation
 
         present = known_present(cache, table, data, config)
-        Distillation(table, data, config, teacher, present).train(run, described)
+        with Distillation(table, data, config, teacher, present) as distillation:
+            distillation.train(run, described)
     return StudentReport(run.path, teacher.digest, modalities, run.result, was_there)
 
 
@@ -60,7 +61,7 @@ def describe_run(table: ClipTable, data: DataConfig, config: StudentConfig, teac
     return {
         "kind": "student",
         "settings": config.model_dump(mode="json", exclude=NOT_DECISIVE),
-        "data": data.model_dump(mode="json", exclude={"table", "cache", "runs"}),
+        "data": data.model_dump(mode="json", exclude=PLACES),
         "inputs": {modality: input_identity(modality, data) for modality in modalities},
         "teacher": teacher.digest,
         "clips": table.content_digest(),

@@ -1,10 +1,11 @@
-"""Raw clips for the student: read ahead by threads, kept decoded in memory while there is room."""
+"""Raw clips for the student: read ahead by reader processes, kept decoded in memory while there is room."""
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 from ..data.annotations import ClipTable
 from ..data.config import DataConfig
 from ..data.errors import MediaError
+from ..data.media import Reading
 from ..data.modality import FAILED, PRESENT
-from ..data.raw import Reading, read_clip
-from ..data.views import draw_view
+from ..data.readers import ReaderPool
 
 logger = logging.getLogger(__name__)
 READ_AHEAD = 3
@@ -36,7 +37,7 @@ class ClipBatch:
 
 
 class ClipStream:
-    """Reads the clips of a table as the views of `data` show them.
+    """Reads the clips of a table as the views of `data` show them; used in a `with` block.
 
     A clip that fails is reported by name; more than `allow_failures` of them raise MediaError.  An allowed failure
     is a missing modality, and a clip with nothing left leaves its batch.
@@ -55,21 +56,26 @@ class ClipStream:
         self.table, self.data, self.modalities = table, data, tuple(modalities)
         self.readers, self.allow_failures = readers, allow_failures
         self.failed: dict[str, str] = {}
-        self._room, self._held, self._lock = cache_mb * 2**20, {}, threading.Lock()
+        self._room, self._held = cache_mb * 2**20, {}
+        self._pool = ReaderPool(readers, data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.close()
 
     def batches(self, plan: Sequence[tuple[np.ndarray, np.ndarray]], view: int) -> Iterator[ClipBatch]:
         """Yield one batch for each (rows [B], wanted [B, M] bool) of the plan, in order.
 
         What is not wanted is neither decoded nor returned; what is wanted but absent is not `present`.
         """
-        with ThreadPoolExecutor(self.readers) as pool:
-            ahead: list[list[Future]] = []
-            for at in range(len(plan) + READ_AHEAD):
-                if at < len(plan):
-                    ahead.append([pool.submit(self._read, *item, view) for item in zip(*plan[at], strict=True)])
-                if at >= READ_AHEAD:
-                    rows = plan[at - READ_AHEAD][0]
-                    yield self._collate(rows, view, [future.result() for future in ahead.pop(0)])
+        ahead: list[list[Callable[[], dict[str, Reading]]]] = []
+        for at in range(len(plan) + READ_AHEAD):
+            if at < len(plan):
+                ahead.append(self._asked(*plan[at], view))
+            if at >= READ_AHEAD:
+                yield self._collate(plan[at - READ_AHEAD][0], view, [read() for read in ahead.pop(0)])
 
     def survey(self, rows: np.ndarray, count: Callable[[int], None] = lambda n: None) -> np.ndarray:
         """Read the clean view of every row once and return which modalities it has: present [n, M] bool."""
@@ -81,21 +87,27 @@ class ClipStream:
             count(len(batch.rows))
         return found
 
-    def _read(self, row: int, wanted: np.ndarray, view: int) -> dict[str, Reading]:
-        """Read the wanted modalities of one clip, from memory where they are held."""
-        asked = [modality for modality, want in zip(self.modalities, wanted, strict=True) if want]
-        held = {m: self._held[row, view, m] for m in asked if (row, view, m) in self._held}
-        rest = tuple(modality for modality in asked if modality not in held)
-        if not rest:
-            return held
-        clip = self.table.clip(int(row))
-        read = read_clip(clip, draw_view(clip.clip_id, view, self.data), rest, self.data)
-        with self._lock:
-            for modality, reading in read.items():
-                size = 0 if reading.array is None else reading.array.nbytes
-                if reading.state != FAILED and size <= self._room:
-                    self._room -= size
-                    self._held[row, view, modality] = reading
+    def _asked(self, rows: np.ndarray, wanted: np.ndarray, view: int) -> list[Callable[[], dict[str, Reading]]]:
+        """Ask for the wanted modalities of a batch; return for each clip what waits for its readings."""
+        due, orders = [], []
+        for row, wants in zip(rows.tolist(), wanted, strict=True):
+            asked = [modality for modality, want in zip(self.modalities, wants, strict=True) if want]
+            held = {m: self._held[row, view, m] for m in asked if (row, view, m) in self._held}
+            rest = tuple(modality for modality in asked if modality not in held)
+            due.append((row, held, bool(rest)))
+            if rest:
+                orders.append((self.table.clip(row), view, rest))
+        futures = iter(self._pool.submit(orders))
+        return [partial(self._received, row, view, held, next(futures) if rest else None) for row, held, rest in due]
+
+    def _received(self, row: int, view: int, held: dict[str, Reading], rest: Future | None) -> dict[str, Reading]:
+        """Return the readings of a clip, and keep in memory what there is room for."""
+        read = rest.result() if rest else {}
+        for modality, reading in read.items():
+            size = 0 if reading.array is None else reading.array.nbytes
+            if reading.state != FAILED and size <= self._room:
+                self._room -= size
+                self._held[row, view, modality] = reading
         return held | read
 
     def _collate(self, rows: np.ndarray, view: int, readings: list[dict[str, Reading]]) -> ClipBatch:

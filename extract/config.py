@@ -43,5 +43,5 @@ class ExtractConfig(StageConfig):
     device: str = ours("auto", "torch device; auto takes CUDA where there is one", "convenience")
     threads: int = ours(0, "torch threads; 0 leaves torch's own choice", "torch knows the cores", ge=0)
     seed: int = ours(0, "seed of backbones with weights 'none'", "any number will do")
-    readers: int = ours(2, "threads that read clips", "two cores", ge=1)
+    readers: int = ours(2, "processes that read clips", "two cores", ge=1)
     retry_failed: bool = ours(False, "try clips again that failed before", "failures are mostly in the file")

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any
@@ -18,17 +18,19 @@ from ..data.config import DataConfig
 from ..data.device import choose_device
 from ..data.errors import CacheError
 from ..data.identity import tensors_digest
+from ..data.media import Reading
 from ..data.modality import FAILED, PRESENT, STATE_NAMES, UNWRITTEN
 from ..data.progress import Task, watched
-from ..data.raw import Reading, read_clip
+from ..data.readers import ReaderPool
 from ..data.stores import TokenStore
 from ..data.theta import theta_average
-from ..data.views import draw_view
 from .backbones import Backbone, build_backbone
 from .config import ExtractConfig
 from .plan import ShardTask
 from .weights import backbone_request, record_backbone
 
+# Clips handed to the readers together: enough for neighbours of one video to meet, few enough to stay in memory.
+WINDOW_CLIPS = 16
 READ_AHEAD = 2
 
 
@@ -56,11 +58,11 @@ def run_tasks(
     config: ExtractConfig,
 ) -> None:
     """Compute and publish every task; tasks of one shard and view share one reading of each clip."""
-    engine = Engine(cache, table, tasks, data, config)
-    engine.open_stores(identities)
     by_shard = sorted(tasks, key=lambda task: (task.shard, task.view))
     total = sum(task.n_due for task in tasks)
-    with watched("extract", total, "clips") as progress:
+    with ReaderPool(config.readers, data) as readers, watched("extract", total, "clips") as progress:
+        engine = Engine(cache, table, tasks, data, config, readers)
+        engine.open_stores(identities)
         for _, together in groupby(by_shard, key=lambda task: (task.shard, task.view)):
             engine.run(list(together), progress)
 
@@ -69,9 +71,15 @@ class Engine:
     """The backbones, stores and readers of one extraction."""
 
     def __init__(
-        self, cache: Cache, table: ClipTable, tasks: list[ShardTask], data: DataConfig, config: ExtractConfig
+        self,
+        cache: Cache,
+        table: ClipTable,
+        tasks: list[ShardTask],
+        data: DataConfig,
+        config: ExtractConfig,
+        readers: ReaderPool,
     ) -> None:
-        self.cache, self.table, self.data, self.config = cache, table, data, config
+        self.cache, self.table, self.data, self.config, self.readers = cache, table, data, config, readers
         self.device = choose_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -128,19 +136,19 @@ class Engine:
         return bool(task.wanted[at]) and self.cache.clip_ids[task.rows[at]] in self.table_row
 
     def _read(self, tasks: list[ShardTask]) -> Iterator[dict[int, dict[str, Reading]]]:
-        """Yield the readings of each batch, the next batch being read meanwhile."""
-        rows, view = tasks[0].rows, tasks[0].view
-
-        def read(at: int, modalities: tuple[str, ...]) -> dict[str, Reading]:
-            clip = self.table.clip(self.table_row[self.cache.clip_ids[rows[at]]])
-            return read_clip(clip, draw_view(clip.clip_id, view, self.data), modalities, self.data)
-
-        with ThreadPoolExecutor(self.config.readers) as pool:
-            waiting: list[dict[int, Future]] = []
-            for slot in [*self._slots(tasks), *[{}] * READ_AHEAD]:
-                waiting.append({at: pool.submit(read, at, modalities) for at, modalities in slot.items()})
-                if len(waiting) > READ_AHEAD and (futures := waiting.pop(0)):
-                    yield {at: future.result() for at, future in futures.items()}
+        """Yield the readings of each batch; some windows of batches are read ahead, each video of one in one pass."""
+        slots, view = self._slots(tasks), tasks[0].view
+        n_slots = max(1, WINDOW_CLIPS // self.config.batch_size)
+        windows = [slots[at : at + n_slots] for at in range(0, len(slots), n_slots)]
+        waiting: list[list[dict[int, Future]]] = []
+        for window in [*windows, *[[]] * READ_AHEAD]:
+            asked = {at: modalities for slot in window for at, modalities in slot.items()}
+            clips = [self.table.clip(self.table_row[self.cache.clip_ids[tasks[0].rows[at]]]) for at in asked]
+            orders = [(clip, view, names) for clip, names in zip(clips, asked.values(), strict=True)]
+            futures = dict(zip(asked, self.readers.submit(orders), strict=True))
+            waiting.append([{at: futures[at] for at in slot} for slot in window])
+            for slot in waiting.pop(0) if len(waiting) > READ_AHEAD else ():
+                yield {at: future.result() for at, future in slot.items()}
 
     @torch.inference_mode()
     def _tokens(self, modality: str, readings: dict[int, Reading]) -> dict[int, np.ndarray]:

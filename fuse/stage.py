@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.annotations import ClipTable
 from ..data.cache import Cache
-from ..data.config import DataConfig, digest
+from ..data.config import PLACES, DataConfig, digest
 from ..data.errors import TableError
 from ..data.identity import input_identity
 from ..data.runs import RunFolder
@@ -88,7 +88,7 @@ def describe_run(
     return {
         "kind": "teacher",
         "settings": config.model_dump(mode="json", exclude={"device", "threads", "tokens"}),
-        "data": data.model_dump(mode="json", exclude={"table", "cache", "runs"}),
+        "data": data.model_dump(mode="json", exclude=PLACES),
         "inputs": {modality: input_identity(modality, data) for modality in selection.stores},
         "tokens": selection.names,
         "views": n_views,

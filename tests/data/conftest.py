@@ -24,6 +24,12 @@ def numbered_picture(number: int) -> np.ndarray:
     return np.broadcast_to(columns[None, :, None], (SIDE, SIDE, 3)).copy()
 
 
+@pytest.fixture
+def numbered() -> Callable[[int], np.ndarray]:
+    """Return the function that draws a number."""
+    return numbered_picture
+
+
 def write_film(path: Path, pictures: list, times: list[float], sound: np.ndarray | None = None, **how) -> Path:
     """Write pictures [H, W, 3] at given times (H.264, two B-frames, a key frame every 12), and mono sound at 16 kHz.
 

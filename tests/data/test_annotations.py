@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
-from karmma.data.annotations import read_clip_table
+from karmma.data.clips import read_clip_table
 from karmma.data.errors import TableError
 from pyarrow import parquet
 
@@ -193,7 +193,7 @@ def test_a_table_of_epic_s_size_loads_in_two_seconds(table):
 
 def test_reading_a_table_imports_neither_av_nor_cv2_nor_torch(table):
     path = table(TABLE)
-    ask = "import sys; from pathlib import Path; from karmma.data.annotations import read_clip_table; "
+    ask = "import sys; from pathlib import Path; from karmma.data.clips import read_clip_table; "
     ask += f"read_clip_table(Path({str(path)!r}), ('verb',)); print(*({{'av', 'cv2', 'torch'}} & {{*sys.modules}}))"
     assert not subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from karmma.data.annotations import Clip, read_clip_table
+from karmma.data.annotations import Clip
+from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig
 from karmma.data.modality import ABSENT, FAILED, MODALITIES, PRESENT
 from karmma.data.raw import read_clip
@@ -149,7 +150,7 @@ def test_read_clip_fails_modality_by_modality(film, tmp_path):
     readings = read_clip(one, CLEAN, MODALITIES, DATA)
     assert states(readings) == {"video": FAILED, "flow": FAILED, "audio": PRESENT, "detections": FAILED}
     assert "frame at 4.500 s wanted, the video ends at 2.000 s" in readings["video"].reason
-    assert "flow files are not read" in readings["flow"].reason
+    assert "flow_method dis does not read it" in readings["flow"].reason
     for reading in readings.values():
         assert (reading.array is None) == (reading.state == FAILED)
 

@@ -1,7 +1,7 @@
 """24 clips of the sample data, and a student small enough for tests."""
 
 import pytest
-from karmma.data.annotations import read_clip_table
+from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig
 from karmma.data.sample import write_sample
 from karmma.distill.config import StudentConfig

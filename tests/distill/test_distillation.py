@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from karmma.data.annotations import read_clip_table
 from karmma.data.cache import Cache
+from karmma.data.clips import read_clip_table
 from karmma.data.errors import CacheError, IncompleteCacheError, RunError, StaleCacheError
 from karmma.data.identity import input_identity
 from karmma.data.runs import RunFolder
@@ -39,9 +39,9 @@ def add_teacher(data, table, name="t" * 16, n_views=2, seed=0, **attributes):
 def course(table, data, config):
     cache, logits = add_teacher(data, table)
     teacher = find_teacher(cache, table, data, config.model_copy(update=WITH_TEACHER))
-    course = Distillation(table, data, config, teacher, present=None)
-    course.made = logits
-    return course
+    with Distillation(table, data, config, teacher, present=None) as course:
+        course.made = logits
+        yield course
 
 
 def test_loss_is_equation_5_on_the_logits_of_the_same_clip_and_view(course):
@@ -88,8 +88,8 @@ def test_missing_logits_of_a_clip_and_view_raise(course, table):
 
 
 def test_without_teacher_the_loss_is_cross_entropy_alone(table, data, config):
-    course = Distillation(table, data, config, CachedTeacher(None, np.arange(N)), present=None)
-    parts = course.losses(next(iter(course.batches(0))))
+    with Distillation(table, data, config, CachedTeacher(None, np.arange(N)), present=None) as course:
+        parts = course.losses(next(iter(course.batches(0))))
     assert set(parts) == {"loss", "ce"}
     assert parts["loss"] is parts["ce"]
 

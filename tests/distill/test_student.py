@@ -17,9 +17,9 @@ PRESENT = torch.tensor([[True, False, True], [False, True, False], [True, True, 
 @pytest.fixture
 def batch(table, data):
     """Four clips with everything, read."""
-    stream = ClipStream(table, data, M)
-    usable = np.flatnonzero(stream.survey(np.arange(12)).all(axis=1))[:4]
-    (found,) = stream.batches([(usable, np.ones((4, 3), bool))], 0)
+    with ClipStream(table, data, M) as stream:
+        usable = np.flatnonzero(stream.survey(np.arange(12)).all(axis=1))[:4]
+        (found,) = stream.batches([(usable, np.ones((4, 3), bool))], 0)
     return found
 
 
@@ -89,9 +89,9 @@ def test_student_of_one_modality_has_no_learned_tokens(data, config):
 
 
 def test_subsets_from_one_pass_of_the_backbones_equal_one_pass_each(student, table, data, batch):
-    stream = ClipStream(table, data, M)
     subsets = [("video", "audio", "detections"), ("audio",), ("video", "detections")]
-    found = subset_logits(student, stream, batch.rows, subsets, torch.device("cpu"))
+    with ClipStream(table, data, M) as stream:
+        found = subset_logits(student, stream, batch.rows, subsets, torch.device("cpu"))
     student.eval()
     for subset in subsets:
         present = torch.tensor([[m in subset for m in M]] * 4)

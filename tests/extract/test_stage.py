@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from karmma.data.annotations import read_clip_table
 from karmma.data.cache import Cache
+from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig, digest
 from karmma.data.errors import CacheError
 from karmma.data.raw import read_clip

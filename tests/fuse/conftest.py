@@ -4,8 +4,8 @@ import hashlib
 
 import numpy as np
 import pytest
-from karmma.data.annotations import read_clip_table
 from karmma.data.cache import Cache
+from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig, digest
 from karmma.data.identity import token_identity
 from karmma.data.modality import ABSENT, FAILED, PRESENT

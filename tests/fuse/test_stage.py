@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from karmma.data.annotations import read_clip_table
+from karmma.data.clips import read_clip_table
 from karmma.data.errors import CacheError, IncompleteCacheError, StaleCacheError, TableError
 from karmma.data.modality import FAILED
 from karmma.data.runs import RunFolder

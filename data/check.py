@@ -1,0 +1,68 @@
+"""Checking a clip table against the files it names: every bad row with its reason, before any long work begins."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from .annotations import Clip, ClipTable
+from .clips import BadRow
+from .config import DataConfig
+from .errors import MediaError
+from .media import located
+from .numbered import NumberedFrames
+from .packs import split_pack
+from .raw import open_film
+
+
+def check_clips(table: ClipTable, data: DataConfig, count: Callable[[int], None] = lambda n: None) -> list[BadRow]:
+    """Open every source of every clip, without decoding, and return a row for each that cannot be what it should be.
+
+    Found are files that are missing or no media, and clips that start or stop beyond the end of their video, as its
+    header or index states it.  Lines count clips from 1, in the table's order.
+    """
+    bad = []
+    # Neighbouring rows share their video: one opening serves them all.
+    length = lru_cache(maxsize=256)(_length)
+    for row in range(table.n_clips):
+        clip = table.clip(row)
+        reasons = [reason for name in data.modalities if (reason := _source_problem(clip, name, data))]
+        reasons += [reason] if (reason := _video_problem(clip, length)) else []
+        bad += [BadRow(table.path, "clip", row + 1, clip.clip_id, reason) for reason in dict.fromkeys(reasons)]
+        count(1)
+    return bad
+
+
+def _source_problem(clip: Clip, modality: str, data: DataConfig) -> str:
+    """Return what is wrong with a source that a modality has of its own, '' for nothing."""
+    source = clip.sources.get(modality)
+    if source is None:
+        return ""
+    has_parts = modality == "flow" and data.flow_method == "released"
+    for part in map(located, (source / "u", source / "v") if has_parts else (source,)):
+        pack = split_pack(part)
+        if not (pack[0] if pack else part).exists() and not list(part.parent.glob(part.name)):
+            return f"{modality}: {part}: no such file"
+    return ""
+
+
+def _video_problem(clip: Clip, length: Callable[[Path, float | None], tuple[float, float] | str]) -> str:
+    found = length(clip.video, clip.rates.get("video"))
+    if isinstance(found, str):
+        return found
+    end_s, lasts = found
+    if clip.start_s >= end_s:
+        return f"start_s = {clip.start_s:g}, but {clip.video} ends at {end_s:.3f} s"
+    if clip.stop_s is not None and clip.stop_s > end_s + lasts:
+        return f"stop_s = {clip.stop_s:g}, but {clip.video} ends at {end_s:.3f} s"
+    return ""
+
+
+def _length(path: Path, fps: float | None) -> tuple[float, float] | str:
+    """Return the seconds of a video and of one frame of it, or why it cannot be opened."""
+    try:
+        with open_film(path, fps) as film:
+            if isinstance(film, NumberedFrames):
+                return film.duration_s, 1 / film.fps
+            return film.stated_s, film.frame_s
+    except MediaError as error:
+        return str(error)

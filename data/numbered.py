@@ -1,0 +1,200 @@
+"""Numbered frames: a video as encoded pictures with numbers and a rate, in a folder or a pack."""
+
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+
+from .errors import MediaError
+from .media import EPSILON_S, Frame
+
+if TYPE_CHECKING:
+    import av
+
+PICTURE = re.compile(r"(.*?)([0-9]+)\.(jpe?g|png|webp)", re.IGNORECASE)
+# First bytes of a picture -> FFmpeg's name of its decoder.
+DECODERS = {b"\xff\xd8": "mjpeg", b"\x89PNG": "png", b"RIFF": "webp"}
+# Larger than any camera's; FFmpeg would allocate whatever a damaged header asks for.
+MOST_PIXELS = 2**27
+
+
+class Pictures(Protocol):
+    """Encoded pictures by number."""
+
+    path: Path
+    fps: float | None  # stated by the pictures themselves
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """All numbers that there are, int64, ascending."""
+
+    def read(self, number: int) -> bytes:
+        """Return one encoded picture."""
+
+    def name(self, number: int) -> str:
+        """Return what a message calls a picture, there or not."""
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+class NumberedFrames:
+    """A film of numbered frames, each shown for 1 / fps seconds: number 1 from 0 on, or number 0 where there is one.
+
+    fps: frames a second, unless the pictures state it themselves.  A clip that needs a missing frame finds the film
+    broken there, and names it.  Every method raises MediaError, with the path, when something cannot be read.
+    """
+
+    def __init__(self, pictures: Pictures, fps: float | None) -> None:
+        self.path, self.broken = pictures.path, ""
+        self._pictures, self._given, self._decoders = pictures, fps, {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pictures.close()
+
+    @property
+    def fps(self) -> float:
+        """Frames a second."""
+        found = self._pictures.fps or self._given
+        if not found:
+            raise MediaError(f"{self.path}: numbered frames have no times. Set video_fps (flow: flow_fps).")
+        return found
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is any frame."""
+        return len(self._pictures.numbers) > 0
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds from the clock's zero to the end of the last frame."""
+        if not self.has_pictures:
+            raise MediaError(f"{self.path}: holds no numbered pictures. Correct the clip table.")
+        return (int(self._pictures.numbers[-1]) - self._first + 1) / self.fps
+
+    @property
+    def _first(self) -> int:
+        return min(1, int(self._pictures.numbers[0]))
+
+    def worth_seeking(self, from_s: float, to_s: float) -> bool:
+        """Say yes: every frame stands for itself."""
+        return True
+
+    def frames(self, from_s: float) -> Iterator[Frame]:
+        """Yield frames up to the first gap, from the one before that on display at `from_s`; nothing is read yet.
+
+        A film that has neither the frame on display nor the one before yields nothing.
+        """
+        numbers, fps, first = self._pictures.numbers, self.fps, self._first
+        wanted = max(first, first + int((from_s + EPSILON_S) * fps))
+        at = int(np.searchsorted(numbers, wanted - 1))
+        due = wanted
+        if at < len(numbers) and numbers[at] == wanted - 1:
+            due = wanted - 1
+        self.broken = ""
+        while at < len(numbers) and numbers[at] < due:
+            at += 1
+        for number in numbers[at:].tolist():
+            if number != due:
+                break
+            yield Frame((number - first) / fps, 1 / fps, partial(self._picture, number))
+            due += 1
+        self.broken = f"{self._pictures.name(due)} is missing"
+
+    def _picture(self, number: int) -> "av.VideoFrame":
+        name = f"{self.path}: {self._pictures.name(number)}"
+        return decode_picture(self._pictures.read(number), name, self._decoders)
+
+
+def decode_picture(data: bytes, name: str, decoders: dict[str, Any]) -> "av.VideoFrame":
+    """Return an encoded JPEG, PNG or WebP as a frame; `decoders` keeps one decoder of a kind for the next picture.
+
+    Raises MediaError, with the name, if the picture is damaged in any way.
+    """
+    import av
+
+    kind = next((kind for magic, kind in DECODERS.items() if data.startswith(magic)), None)
+    if kind is None:
+        raise MediaError(f"{name} is no JPEG, PNG or WebP. Fetch it again.")
+    if kind == "mjpeg" and b"\xff\xd9" not in data[-64:]:
+        raise MediaError(f"{name} is cut short. Fetch it again.")
+    if kind not in decoders:
+        decoders[kind] = av.CodecContext.create(kind, "r")
+        decoders[kind].thread_count = 1
+        decoders[kind].options = {"err_detect": "explode", "max_pixels": str(MOST_PIXELS)}
+    try:
+        frames = decoders[kind].decode(av.Packet(data))
+    except (av.error.FFmpegError, MemoryError) as error:
+        del decoders[kind]
+        raise MediaError(f"{name} is damaged: {error.strerror or error}. Fetch it again.") from None
+    if len(frames) != 1 or frames[0].is_corrupt:
+        del decoders[kind]
+        raise MediaError(f"{name} is damaged: {len(frames)} pictures in it. Fetch it again.")
+    return frames[0]
+
+
+class FrameFolder:
+    """Pictures as files whose names end in their numbers, such as frame_0000000001.jpg; other files are ignored."""
+
+    fps = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """All numbers, ascending."""
+        return self._listing()[0]
+
+    def read(self, number: int) -> bytes:
+        """Return one file's bytes."""
+        try:
+            return (self.path / self.name(number)).read_bytes()
+        except OSError as error:
+            raise MediaError(f"{self.path / self.name(number)}: {error.strerror}. Fetch it again.") from None
+
+    def name(self, number: int) -> str:
+        """Return the name that the file of a number has, or would have."""
+        _, names = self._listing()
+        known = names.get(number)
+        if known is None:
+            prefix, digits, kind = PICTURE.fullmatch(next(iter(names.values()), "0001.jpg")).groups()
+            return f"{prefix}{number:0{len(digits)}d}.{kind}"
+        return known
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+    def _listing(self) -> tuple[np.ndarray, dict[int, str]]:
+        try:
+            return _listed(self.path, self.path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            raise MediaError(f"{self.path}: no such folder. Put it there, or correct the clip table.") from None
+        except OSError as error:
+            raise MediaError(f"{self.path}: {error.strerror}. Make the folder readable.") from None
+
+
+# The clips of one video come one after another, and a folder of 100,000 frames takes a tenth of a second to list.
+@lru_cache(maxsize=8)
+def _listed(path: Path, _mtime: int) -> tuple[np.ndarray, dict[int, str]]:
+    names: dict[int, str] = {}
+    prefix = None
+    with os.scandir(path) as entries:
+        found = sorted(entry.name for entry in entries)
+    for name in found:
+        match = PICTURE.fullmatch(name)
+        if match is None:
+            continue
+        number = int(match[2])
+        if number in names or prefix not in (None, match[1]):
+            other = names.get(number) or next(iter(names.values()))
+            raise MediaError(f"{path}: holds both {other} and {name}, expected one row of numbered pictures.")
+        names[number], prefix = name, match[1]
+    return np.array(sorted(names), np.int64), names
