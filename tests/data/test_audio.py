@@ -10,8 +10,10 @@ from karmma.data.audio import log_mel, mel_filters, read_audio, read_samples
 from karmma.data.config import DataConfig
 from karmma.data.errors import MediaError
 from karmma.data.media import Media
+from karmma.data.views import draw_view
 
 RATE = 16_000
+CLEAN = draw_view("", 0, DataConfig())
 SMALL = DataConfig(
     frames=4, audio_segment_s=0.128, audio_hop=64, audio_steps=32, audio_window=256, audio_mels=24
 )  # 32 x 64 samples = 0.128 s
@@ -23,7 +25,7 @@ def tone(hertz, seconds, rate=RATE):
 
 def read(path, times, span, data=SMALL):
     with Media(path) as media:
-        return read_audio(media, np.array(times), span, data)
+        return read_audio(media, np.array(times), span, CLEAN, data)
 
 
 def test_mel_filters_by_hand():

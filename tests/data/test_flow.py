@@ -1,9 +1,10 @@
 import cv2
 import numpy as np
 import pytest
+from karmma.data.config import DataConfig
 from karmma.data.errors import MediaError
 from karmma.data.flow import FlowPairs, flow_picture, pair_ends
-from karmma.data.media import Media
+from karmma.data.media import Frame, Media
 from karmma.data.video import Shown, frames_at
 from karmma.data.views import View
 
@@ -29,12 +30,13 @@ def drifting(n, dx, dy=0, side=64):
 def fields(path, times, stop_s, step_s, short_side=256):
     with Media(path) as media:
         pairs = collected(media, times, stop_s, step_s, short_side)
-        return pairs.ends, list(pairs.fields(step_s))
+        return pairs.ends, list(pairs.fields())
 
 
 def collected(media, times, stop_s, step_s, short_side=256):
     ends, forward = pair_ends(np.array(times), stop_s, step_s)
-    pairs, n = FlowPairs(media, len(times), short_side), len(times)
+    data = DataConfig(flow_step_s=step_s, flow_size=short_side)
+    pairs, n = FlowPairs(media, len(times), data), len(times)
     for shown in frames_at(media, times, ends):
         sides = [[], []]
         for place in shown.places:
@@ -141,18 +143,18 @@ def test_flow_picture_magnitude_tells_of_motions_that_cancel():
 
 def test_flow_of_a_single_frame_fails(film):
     with Media(film("a.mp4", [0.0])) as media:
-        pairs = FlowPairs(media, 1, 64)
+        pairs = FlowPairs(media, 1, DataConfig(flow_size=64))
         (shown,) = frames_at(media, [0.0], [0.05])
         pairs.take(shown, [0], [0])
         with pytest.raises(MediaError, match=r"a\.mp4: one frame only, at 0\.000 s"):
-            list(pairs.fields(0.05))
+            list(pairs.fields())
 
 
 def test_flow_of_a_picture_that_changes_size_fails(film):
     with Media(film("a.mp4", [0.0])) as small, Media(film("b.mp4", [0.0], [np.zeros((96, 64, 3), np.uint8)])) as large:
-        pairs = FlowPairs(small, 1, 64)
-        one, two = (next(iter(media.decode(media.pictures, 0.0)))[1] for media in (small, large))
-        pairs.take(Shown([0], 0.0, one, None, None), [0], [])
-        pairs.take(Shown([1], 0.04, two, None, None), [], [0])
+        pairs = FlowPairs(small, 1, DataConfig(flow_size=64))
+        one, two = (next(iter(media.frames(0.0))).picture for media in (small, large))
+        pairs.take(Shown([0], Frame(0.0, 0.04, lambda: one), None, None), [0], [])
+        pairs.take(Shown([1], Frame(0.04, 0.04, lambda: two), None, None), [], [0])
         with pytest.raises(MediaError, match=r"the picture changes size before 0\.040 s"):
-            list(pairs.fields(0.05))
+            list(pairs.fields())

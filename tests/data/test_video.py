@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from karmma.data.errors import MediaError
 from karmma.data.media import Media
-from karmma.data.video import frames_at, to_grey, to_rgb, video_picture
+from karmma.data.video import Converter, frames_at, video_picture
 from karmma.data.views import View
 
 UNEVEN = [0.0, 0.04, 0.05, 0.2, 0.21, 0.5, 0.9, 0.95, 1.0, 1.6, 1.61, 1.7, 2.0, 2.02, 2.5, 3.0, 3.1, 3.3, 3.31, 3.5]
@@ -19,7 +19,7 @@ def numbers(path, times, number_in, peeks=()):
     out = {}
     with Media(path) as media:
         for shown in frames_at(media, times, peeks):
-            out |= dict.fromkeys(shown.places, number_in(to_rgb(media, shown.frame)))
+            out |= dict.fromkeys(shown.places, number_in(Converter().rgb(shown.frame)))
     return [out[place] for place in range(len(times) + len(peeks))]
 
 
@@ -90,10 +90,10 @@ def test_frames_at_names_the_neighbours_of_a_frame(film):
     with Media(path) as media:
         first, inner, last = frames_at(media, [0.0, 0.5, 1.17])
     assert first.before is None
-    assert (first.time, first.after[0]) == pytest.approx((0, 0.04))
-    assert (inner.before[0], inner.time, inner.after[0]) == pytest.approx((0.44, 0.48, 0.52))
+    assert (first.time, first.after.time) == pytest.approx((0, 0.04))
+    assert (inner.before.time, inner.time, inner.after.time) == pytest.approx((0.44, 0.48, 0.52))
     assert last.after is None
-    assert last.before[0] == pytest.approx(1.12)
+    assert last.before.time == pytest.approx(1.12)
 
 
 def test_frames_at_a_file_cut_short_fail_with_where_it_breaks_off(film, tmp_path):
@@ -139,7 +139,7 @@ def test_to_rgb_turns_and_mirrors_as_the_file_says(film, a, b, c, d, seen):
     path = film("a.mp4", [0.0, 0.04], [picture] * 2, matrix=matrix)
     with Media(path) as media:
         frame = next(frames_at(media, [0.0])).frame
-        rgb, grey = to_rgb(media, frame), to_grey(media, frame, 64)
+        rgb, grey = Converter().rgb(frame), Converter().grey(frame, 64)
     assert rgb.shape == ((64, 96, 3) if b == 0 else (96, 64, 3))
     height, width = rgb.shape[:2]
     quarters = rgb[height // 4 :: height // 2, width // 4 :: width // 2, 0]
@@ -153,8 +153,8 @@ def test_to_rgb_gives_full_range_whatever_the_file_uses(film, color_range):
     picture[:, 32:] = 255
     with Media(film("a.mp4", [0.0, 0.04], [picture] * 2, color_range=color_range)) as media:
         frame = next(frames_at(media, [0.0])).frame
-        assert (frame.color_range == 2) == (color_range == 2)  # limited is the default and may go without saying
-        rgb = to_rgb(media, frame)
+        assert (frame.picture.color_range == 2) == (color_range == 2)  # limited is the default and may go without saying
+        rgb = Converter().rgb(frame)
     assert rgb[:, :24].max() <= 2
     assert rgb[:, 40:].min() >= 253
 
@@ -163,8 +163,8 @@ def test_to_grey_shrinks_to_the_short_side_and_never_grows(film):
     wide = np.zeros((64, 128, 3), np.uint8)
     with Media(film("a.mp4", [0.0], [wide])) as media:
         frame = next(frames_at(media, [0.0])).frame
-        assert to_grey(media, frame, 32).shape == (32, 64)
-        assert to_grey(media, frame, 256).shape == (64, 128)
+        assert Converter().grey(frame, 32).shape == (32, 64)
+        assert Converter().grey(frame, 256).shape == (64, 128)
 
 
 def test_video_picture_crops_and_mirrors():

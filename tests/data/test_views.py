@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from karmma.data.config import DataConfig
-from karmma.data.views import View, crop, crop_box, draw_view, view_times
+from karmma.data.views import View, crop, crop_square, draw_view, view_times
 
 DATA = DataConfig(frames=6, crop_min=0.5, flip=True)
 
@@ -86,14 +86,14 @@ def test_draw_view_refuses_a_negative_view():
         (0.5, (0.5, 0.2), (35, 6, 30)),
     ],
 )
-def test_crop_box_by_hand(scale, center, box):
-    assert crop_box(100, 60, View(1, (), scale, center, False)) == box
+def test_crop_square_by_hand(scale, center, box):
+    assert crop_square(100, 60, View(1, (), scale, center, False)) == box
 
 
-def test_crop_box_stays_inside_every_picture():
+def test_crop_square_stays_inside_every_picture():
     for i in range(200):
         width, height = 1 + i * 7 % 50, 1 + i * 11 % 40
-        left, top, side = crop_box(width, height, draw_view(f"{i}", 1, DATA))
+        left, top, side = crop_square(width, height, draw_view(f"{i}", 1, DATA))
         assert 0 <= left <= width - side
         assert 0 <= top <= height - side
         assert side >= 1
