@@ -123,7 +123,8 @@ def decode_picture(data: bytes, name: str, decoders: dict[str, Any]) -> "av.Vide
     kind = next((kind for magic, kind in DECODERS.items() if data.startswith(magic)), None)
     if kind is None:
         raise MediaError(f"{name} is no JPEG, PNG or WebP. Fetch it again.")
-    if kind == "mjpeg" and b"\xff\xd9" not in data[-64:]:
+    # Packs of fixed width fill up with zeros; FFmpeg itself would paint what is missing grey.
+    if kind == "mjpeg" and b"\xff\xd9" not in data.rstrip(b"\0")[-64:]:
         raise MediaError(f"{name} is cut short. Fetch it again.")
     if kind not in decoders:
         decoders[kind] = av.CodecContext.create(kind, "r")
@@ -177,8 +178,8 @@ class FrameFolder:
             return _listed(self.path, self.path.stat().st_mtime_ns)
         except FileNotFoundError:
             raise MediaError(f"{self.path}: no such folder. Put it there, or correct the clip table.") from None
-        except OSError as error:
-            raise MediaError(f"{self.path}: {error.strerror}. Make the folder readable.") from None
+        except PermissionError:
+            raise MediaError(f"{self.path}: may not be listed. Make the folder readable.") from None
 
 
 # The clips of one video come one after another, and a folder of 100,000 frames takes a tenth of a second to list.

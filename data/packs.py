@@ -56,10 +56,12 @@ class _Packed:
         if not file.exists():
             raise MediaError(f"{file}: no such file. Put it there, or correct the clip table.")
         try:
-            self._file = self._file or h5py.File(file, "r")
-            place: Any = self._file
+            place: Any = self._file or h5py.File(file, "r")
+            self._file = place
             for part in filter(None, name.split("/")):
                 place = _member(self.path, place, part)
+        except MediaError:
+            raise
         except (OSError, RuntimeError, KeyError) as error:
             raise MediaError(f"{file}: cannot be read as HDF5: {error}. Fetch it again.") from None
         return place
