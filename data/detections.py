@@ -4,12 +4,17 @@ Three forms are read: a list of frames; `{"fps", "width", "height", "frames": [.
 videos, `{video id: [frames]}`.  A frame is `{"name": "<video>/0001.jpg", "labels": [...]}`; its number, counted from 1,
 is taken from the name, or else from its place.  A label is `{"box2d": {"x1", "y1", "x2", "y2"} in pixels,
 "standard_category": "hand" or another, "score" (default 1)}`.
+
+The official file comes in parts, named together by a path with `*`.  Each holds the boxes of some 45,000 videos: which
+bytes are whose is noted in one pass, and only a video's own bytes are ever parsed.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +27,9 @@ from .views import View, crop_square
 # Something-Something V2, on which the official files rest, has 12 frames a second; they do not say so.
 OFFICIAL_FPS = 12.0
 HAND, OBJECT = 1, 2
+# A key with a list: a video, unless it is one of the lists that a frame has.
+LIST = re.compile(rb'"([^"\\]+)"\s*:\s*\[')
+FRAME_LISTS = (b"labels", b"gt_placeholders")
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,20 @@ class Boxes:
 def read_boxes(path: Path, names: Sequence[str]) -> Boxes | None:
     """Read the boxes of the video that goes by one of `names`; None if the file holds other videos only.
 
-    Raises MediaError if the file is missing or not in one of the three forms.
+    path: one file, or with `*` in its name those of its parts.  Raises MediaError if a file is missing or not in one of
+    the three forms, or if two parts hold the video.
     """
-    content = _read_json(path)
+    parts = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    if not parts:
+        raise MediaError(f"{path}: no such files. Put them there, or correct detections_files.")
+    found = [boxes for part in parts if (boxes := _read_part(part, names)) is not None]
+    if len(found) > 1:
+        raise MediaError(f"{found[0].path} and {found[1].path}: both have boxes of {names[0]}. Remove one of them.")
+    return found[0] if found else None
+
+
+def _read_part(path: Path, names: Sequence[str]) -> Boxes | None:
+    content = _read_json(path, names)
     head: Mapping[str, Any] = {}
     try:
         if isinstance(content, dict) and "frames" in content:
@@ -65,20 +84,57 @@ def read_boxes(path: Path, names: Sequence[str]) -> Boxes | None:
     return Boxes(path, fps, size, numbered)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, names: Sequence[str]) -> Any:
+    """Return the content of a file; of a file of many videos, an object with those of `names`."""
     try:
         stamp = path.stat()
-        return _parsed(path, stamp.st_mtime_ns, stamp.st_size)
+        version = (path, stamp.st_mtime_ns, stamp.st_size)
+        places = _places(*version)
+        if not places or "frames" in places:
+            return _parsed(*version)
+        try:
+            return {name: _slice(path, *places[name]) for name in names if name in places}
+        except ValueError:  # not quite the official form, but perhaps one of the three
+            return _parsed(*version)
     except FileNotFoundError:
         raise MediaError(f"{path}: no such file. Put it there, or correct the clip table.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MediaError(f"{path}: cannot be read as JSON: {error}. Fetch it again.") from None
 
 
 @lru_cache(maxsize=2)
 def _parsed(path: Path, _mtime: int, _size: int) -> Any:
-    """Parse a file; the last two stay in memory, since the official ones hold many videos."""
+    """Parse a file whole; the last two stay in memory, since many clips may share them."""
     return json.loads(path.read_bytes())
+
+
+@lru_cache(maxsize=16)
+def _places(path: Path, _mtime: int, size: int) -> dict[str, tuple[int, int]]:
+    """Return for each video of a file of many the bytes that hold its list; {} for a file of another form.
+
+    Found by the look of a key before a list; only a key of a frame looks the same, and a slice that is cut at one that
+    is not known does not parse.
+    """
+    if not size:
+        return {}
+    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        if not content[:64].lstrip().startswith(b"{"):
+            return {}
+        found = [(m[1].decode(), m.start(), m.end() - 1) for m in LIST.finditer(content) if m[1] not in FRAME_LISTS]
+    ends = [start for _, start, _ in found[1:]] + [size]
+    places = {name: (start, end) for (name, _, start), end in zip(found, ends, strict=True)}
+    return places if len(places) == len(found) else {}
+
+
+def _slice(path: Path, start: int, end: int) -> Any:
+    """Parse the list that starts at a byte of a file and ends before another; raises ValueError if it does not."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        text = file.read(end - start).decode()
+    value, stop = json.JSONDecoder().raw_decode(text)
+    if text[stop:].strip() not in (",", "}"):
+        raise ValueError(f"unexpected {text[stop : stop + 20]!r} after a list")
+    return value
 
 
 def _number(frame: Mapping[str, Any], place: int) -> int:

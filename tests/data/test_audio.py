@@ -4,13 +4,15 @@ import warnings
 from fractions import Fraction
 
 import av
+import h5py
 import numpy as np
 import pytest
 from karmma.data.audio import log_mel, mel_filters, read_audio, read_samples
 from karmma.data.config import DataConfig
 from karmma.data.errors import MediaError
 from karmma.data.media import Media
-from karmma.data.views import draw_view
+from karmma.data.packs import PackedSound
+from karmma.data.views import View, draw_view, view_times
 
 RATE = 16_000
 CLEAN = draw_view("", 0, DataConfig())
@@ -57,19 +59,68 @@ def test_log_mel_equals_a_slow_transform():
     assert fast == pytest.approx(slow, abs=1e-4)
 
 
-@pytest.mark.slow  # importing librosa compiles for half a minute
-def test_log_mel_equals_librosa():
+@pytest.fixture(scope="module")
+def librosa():
+    """The library that the paper's recipe was written with; importing it compiles for half a minute."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        librosa = pytest.importorskip("librosa")
-        data = DataConfig()
-        samples = (np.random.default_rng(0).standard_normal(RATE) * 0.1).astype(np.float32)
-        samples[4000:9000] += tone(700, 5000 / RATE)
-        mels = librosa.feature.melspectrogram(
-            y=samples, sr=RATE, n_fft=512, win_length=400, hop_length=80, n_mels=128, power=2.0
-        )
+        import librosa
+
+        librosa.feature.melspectrogram(y=np.zeros(2048, np.float32), sr=RATE)
+    return librosa
+
+
+def reference(librosa, samples):
+    """Return librosa's own log-mel spectrogram of samples at 16 kHz by the paper's recipe, [steps, mels]."""
+    how = {"n_fft": 512, "win_length": 400, "hop_length": 80, "n_mels": 128, "power": 2.0}
+    return np.log10(np.maximum(librosa.feature.melspectrogram(y=samples, sr=RATE, **how), 1e-10)).T
+
+
+def speechlike(seconds, rate=RATE):
+    """Noise under a slow envelope, with gliding tones: all mel bins hear something."""
+    at = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(0).standard_normal(len(at)) * 0.05 * (1 + np.sin(9 * at))
+    return (noise + 0.3 * np.sin(2 * np.pi * (200 * at + 900 * at**2))).astype(np.float32)
+
+
+@pytest.mark.slow
+def test_log_mel_equals_librosa(librosa):
+    samples = speechlike(1.0)
     steps = np.arange(10, 190)
-    assert log_mel(samples, steps * 80, data) == pytest.approx(np.log10(np.maximum(mels, 1e-10)).T[steps], abs=2e-3)
+    # 2e-3 of log10 is 0.02 dB; librosa computes in float32 too
+    assert log_mel(samples, steps * 80, DataConfig()) == pytest.approx(reference(librosa, samples)[steps], abs=2e-3)
+
+
+@pytest.mark.slow
+def test_read_audio_by_the_papers_recipe_equals_slices_of_librosas_spectrogram(librosa, wav):
+    """32 segments of 1.116 s around the frame times, 16 kHz, hop 80, 128 mel bins, 224 steps."""
+    samples, data = speechlike(4.0), DataConfig()
+    path = wav("a.wav", samples)
+    kept = np.rint(samples * 32767) / np.float32(32768)  # as 16 bits hold them
+    times = view_times(CLEAN, 0.8, 3.2)
+    found = read(path, times, (0.8, 3.2), data)
+    assert found.shape == (32, 128, 224)
+    whole = reference(librosa, kept.astype(np.float32))
+    for segment, time in zip(found, times, strict=True):
+        first = round(time * RATE / 80 - 223 / 2)
+        assert abs((first + 223 / 2) * 80 / RATE - time) <= 0.0025
+        assert segment == pytest.approx(whole[first : first + 224].T, abs=2e-3)
+
+
+@pytest.mark.slow
+def test_resampling_agrees_with_a_reference_resampler(librosa, wav):
+    """A chirp of 44.1 kHz at 16 kHz: 60 dB above the difference, where it stays below 6.1 of 8 kHz."""
+    at = np.arange(2 * 44_100) / 44_100
+    chirp = (0.5 * np.sin(2 * np.pi * (100 * at + 1500 * at**2))).astype(np.float32)  # 100 to 6100 Hz
+    path = wav("a.wav", chirp, 44_100)
+    with Media(path) as media:
+        ours = read_samples(media, (0, 32_000), (0.0, 2.0), RATE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = librosa.resample(chirp, orig_sr=44_100, target_sr=RATE, res_type="soxr_hq")
+    inner = slice(400, -400)
+    error = ours[inner] - theirs[inner]
+    assert 10 * np.log10((theirs[inner] ** 2).mean() / (error**2).mean()) > 60
 
 
 def test_log_mel_of_silence_is_the_floor():
@@ -181,3 +232,39 @@ def test_grid_sound_starts_where_its_alignment_says(shared_data):
     middle = float(Fraction(sum(Fraction(a) + Fraction(b) for a, b in spoken), 2 * len(spoken)))
     energy = read(path, [0.1, middle], (0.0, 3.0)).max(axis=1).mean(axis=1)
     assert energy[1] > energy[0] + 1
+
+
+def test_read_audio_of_wav_flac_and_pack_are_the_same(wav, tmp_path):
+    samples = np.rint(speechlike(1.5) * 32767) / np.float32(32768)
+    wave = wav("a.wav", samples * (32768 / 32767))
+    with av.open(str(tmp_path / "a.flac"), "w") as container:
+        stream = container.add_stream("flac", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray((samples[None] * 32768).astype(np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts = RATE, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["P01_01"] = samples
+    times, span = [0.3, 0.6, 0.9, 1.1], (0.2, 1.2)
+    expected = read(wave, times, span)
+    assert (read(tmp_path / "a.flac", times, span) == expected).all()
+    with PackedSound(tmp_path / "a.h5::P01_01", RATE) as sound:
+        packed = read_audio(sound, np.array(times), span, CLEAN, SMALL)
+    assert packed == pytest.approx(expected, abs=1e-5)
+
+
+def test_masked_bands_hold_the_mean_and_nothing_else_changes(wav):
+    path = wav("a.wav", speechlike(2.0))
+    times, span = np.array([0.50, 0.55, 0.60, 1.2]), (0.4, 1.4)
+    clean = read(path, times, span)
+    view = View(1, (0.5,) * 4, 1.0, (0.5, 0.5), False, masked_mels=(0.25, 0.125), masked_time=(0.101, 0.1))
+    with Media(path) as media:
+        masked = read_audio(media, times, span, view, SMALL)
+    for segment, was, time in zip(masked, clean, times, strict=True):
+        first = round(time * RATE / 64 - 31 / 2)
+        moments = (first + np.arange(32)) * 64 / RATE
+        hidden = np.zeros((24, 32), bool)
+        hidden[6:9] = True
+        hidden[:, (moments > 0.501) & (moments < 0.601)] = True
+        assert segment[~hidden] == pytest.approx(was[~hidden])
+        assert segment[hidden] == pytest.approx(np.full(hidden.sum(), was.mean()), abs=1e-5)

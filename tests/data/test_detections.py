@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from karmma.data import detections as module
 from karmma.data.detections import has_boxes, place_boxes, read_boxes
 from karmma.data.errors import MediaError
 from karmma.data.views import View
@@ -130,3 +131,80 @@ def test_something_else_excerpt_reads_as_its_list_says(shared_data):
         assert min(found.frames) + 1 == int(listed["first_annotated"])
         assert max(found.frames) + 1 == int(listed["last_annotated"])
         assert sum(int((table[:, 5] == 1).sum()) for table in found.frames.values()) == int(listed["n_hand_boxes"])
+
+
+def official(numbers):
+    """Return boxes of videos in the official form: every frame has lists of its own beside the labels."""
+    return {
+        str(at): [
+            {"labels": [label(at % 50, 10, 90, 90, "hand")], "gt_placeholders": ["a [b], c"], "name": f"{at}/0001.jpg"},
+            {"name": f"{at}/0002.jpg", "labels": []},
+        ]
+        for at in numbers
+    }
+
+
+def test_file_in_parts_is_searched_for_the_video(tmp_path):
+    for part, numbers in enumerate((range(0, 50), range(50, 90)), 1):
+        (tmp_path / f"boxes_part{part}.json").write_text(json.dumps(official(numbers)))
+    for number in (3, 49, 50, 89):
+        found = read_boxes(tmp_path / "boxes_part*.json", (str(number),))
+        assert found.frames[0][0, 0] == number % 50
+        assert len(found.frames[1]) == 0
+    assert read_boxes(tmp_path / "boxes_part*.json", ("90",)) is None
+    with pytest.raises(MediaError, match=r"none\*\.json: no such files"):
+        read_boxes(tmp_path / "none*.json", ("1",))
+    (tmp_path / "boxes_part3.json").write_text(json.dumps(official([3])))
+    with pytest.raises(MediaError, match="both have boxes of 3"):
+        read_boxes(tmp_path / "boxes_part*.json", ("3",))
+
+
+def test_one_video_of_many_equals_the_whole_file_parsed_and_only_it_is_parsed(tmp_path, monkeypatch):
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(official(range(20_000)), indent=1))
+    whole = json.loads(path.read_text())
+    monkeypatch.setattr(module, "_parsed", None)
+    for name in ("0", "777", "19999"):
+        assert module._read_json(path, (name, "nobody")) == {name: whole[name]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"7": [{"labels": [], "other": [1]}, {"labels": [label(1, 2, 30, 40)], "other": [2]}], "8": []},
+        {"7": [{"labels": [], "more": {"deep": [[]]}}, {"labels": [label(1, 2, 30, 40)]}]},
+        {"8": [], "7": [{"labels": []}, {"labels": [label(1, 2, 30, 40)]}]},
+    ],
+)
+def test_unusual_forms_are_parsed_whole_and_come_out_the_same(boxes, content):
+    found = boxes(content, ("7",))
+    assert len(found.frames[0]) == 0
+    assert found.frames[1][0, :4].tolist() == [1, 2, 30, 40]
+
+
+def test_crop_box_shifts_and_cuts_boxes(boxes):
+    frame = {"labels": [label(10, 20, 60, 40), label(70, 0, 90, 9)]}
+    found = boxes({"fps": 10, "width": 100, "height": 100, "frames": [frame]})
+    boxed = View(0, (0.5,), 1.0, (0.5, 0.5), False, (20, 10, 60, 50))
+    out = placed(found, [0.05], boxed)
+    assert out[0, 0] == pytest.approx([0, 0.25, 1, 0.75, 1, 2])
+    assert (out[0, 1:] == 0).all()
+
+
+def test_real_boxes_in_parts_are_those_of_the_whole_file(shared_data, tmp_path):
+    whole = json.loads((shared_data / "boxes/annotations.json").read_text())
+    names = sorted(whole)
+    for part in range(4):
+        some = {name: whole[name] for name in names[part::4]}
+        (tmp_path / f"bounding_box_smthsmth_part{part + 1}.json").write_text(json.dumps(some))
+    assert len(names) == 13
+    without_hand = []
+    for name in names:
+        found = read_boxes(tmp_path / "bounding_box_smthsmth_part*.json", (name,))
+        for frame in whole[name]:
+            number = int(frame["name"].split("/")[1].removesuffix(".jpg")) - 1
+            corners = [[box["box2d"][side] for side in ("x1", "y1", "x2", "y2")] for box in frame["labels"]]
+            assert found.frames[number][:, :4].tolist() == corners
+        if not any(1 in rows[:, 5] for rows in found.frames.values()):
+            without_hand.append(name)
+    assert without_hand == ["3201"]

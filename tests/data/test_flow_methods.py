@@ -1,4 +1,4 @@
-"""Methods of flow: each sees a known motion with the right sign and size; RAFT is torchvision's own, to the last digit."""
+"""Methods of flow: each sees a known motion with the right sign and size; RAFT is torchvision's own."""
 
 import cv2
 import numpy as np

@@ -105,7 +105,7 @@ def test_folder_that_starts_late_shows_no_frame_from_elsewhere(folder, number_in
 
 def test_gap_within_a_clip_fails_and_is_named(folder, number_in):
     path = folder([*range(1, 11), *range(12, 30)])
-    with pytest.raises(MediaError, match=r"frame at 1\.500 s wanted, decoding breaks off \(frame_0000000011\.jpg is miss"):
+    with pytest.raises(MediaError, match=r"frame at 1\.500 s wanted, .* \(frame_0000000011\.jpg is missing\)"):
         shown(path, [0.5, 1.5], number_in, 10.0)
     assert shown(path, [1.1, 1.5], number_in, 10.0) == [12, 16]
 
@@ -121,10 +121,11 @@ def test_last_frame_before_a_gap_stays_for_one_more_and_no_longer(folder, number
 def test_nothing_is_decoded_but_what_is_shown(folder, number_in, monkeypatch):
     read = []
     monkeypatch.setattr(FrameFolder, "read", lambda self, number: read.append(number) or b"")
-    with open_frames(folder(range(1, 60)), 10.0) as film, pytest.raises(MediaError):
-        for one in frames_at(film, [1.0, 3.0]):
-            Converter().rgb(one.frame)
-    assert read == [11]
+    with open_frames(folder(range(1, 60)), 10.0) as film:
+        frames = list(frames_at(film, [1.0, 3.0]))
+        with pytest.raises(MediaError, match="is no JPEG"):
+            Converter().rgb(frames[1].frame)
+    assert read == [31]
 
 
 def test_duration_counts_from_the_clock_and_not_from_the_first_file(folder):

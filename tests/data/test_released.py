@@ -54,8 +54,8 @@ def flow(tmp_path):
         for name, numbers in (("u", u_numbers), ("v", v_numbers)):
             (tmp_path / "flow" / name).mkdir(parents=True)
             for number in numbers:
-                size = shape if name == "u" else (32, 32)
-                cv2.imwrite(str(tmp_path / f"flow/{name}/frame_{number:010d}.jpg"), np.full(size, 100 + number, np.uint8))
+                picture = np.full(shape if name == "u" else (32, 32), 100 + number, np.uint8)
+                cv2.imwrite(str(tmp_path / f"flow/{name}/frame_{number:010d}.jpg"), picture)
         return tmp_path / "flow"
 
     return write
@@ -89,7 +89,9 @@ def test_clip_without_named_flow_fails_and_says_what_to_set(film):
     assert "Set flow_files" in reading.reason
 
 
-@pytest.mark.parametrize(("narration", "start_s", "stop_s"), [("P01_06_90", 341.40, 342.22), ("P01_06_92", 344.05, 345.0)])
+@pytest.mark.parametrize(
+    ("narration", "start_s", "stop_s"), [("P01_06_90", 341.40, 342.22), ("P01_06_92", 344.05, 345.0)]
+)
 def test_real_clips_have_video_and_flow_of_the_frames_that_the_table_pairs(shared_data, narration, start_s, stop_s):
     """The flow of a segment ends one frame short, and is present all the same."""
     epic = shared_data / "epic"

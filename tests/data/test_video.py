@@ -153,7 +153,7 @@ def test_to_rgb_gives_full_range_whatever_the_file_uses(film, color_range):
     picture[:, 32:] = 255
     with Media(film("a.mp4", [0.0, 0.04], [picture] * 2, color_range=color_range)) as media:
         frame = next(frames_at(media, [0.0])).frame
-        assert (frame.picture.color_range == 2) == (color_range == 2)  # limited is the default and may go without saying
+        assert (frame.picture.color_range == 2) == (color_range == 2)  # limited may go without saying
         rgb = Converter().rgb(frame)
     assert rgb[:, :24].max() <= 2
     assert rgb[:, 40:].min() >= 253
@@ -187,3 +187,29 @@ def test_odd_files_show_first_and_last_frame_where_expected(shared_data):
         with Media(odd / name) as media:
             shown = list(frames_at(media, [0.0, last - first]))
         assert [shown[0].time, shown[-1].time] == pytest.approx([0, last - first], abs=1e-3), name
+
+
+def test_color_of_a_view_is_brightness_then_contrast_then_saturation():
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    view = View(1, (0.5,), 1.0, (0.5, 0.5), False, None, (1.2, 0.7, 0.4))
+    values = (picture * 1.2 - 128) * 0.7 + 128
+    grey = (values @ [0.299, 0.587, 0.114])[..., None]
+    slow = np.clip(np.rint(grey + 0.4 * (values - grey)), 0, 255)
+    assert np.abs(video_picture(picture, view, 16).transpose(1, 2, 0) - slow).max() <= 1
+    assert np.mean(video_picture(picture, view, 16).transpose(1, 2, 0) == slow) > 0.999
+
+
+def test_color_of_the_clean_view_changes_no_byte():
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    assert (video_picture(picture, View(0, (0.5,), 1.0, (0.5, 0.5), False), 16) == picture.transpose(2, 0, 1)).all()
+
+
+def test_crop_box_is_cut_before_the_view(film):
+    picture = np.arange(64 * 96 * 3, dtype=np.uint32).reshape(64, 96, 3).astype(np.uint8)
+    view = View(0, (0.5,), 1.0, (0.5, 0.5), False, (30, 20, 50, 40))
+    assert (video_picture(picture, view, 20).transpose(1, 2, 0) == picture[20:40, 30:50]).all()
+    with Media(film("a.mp4", [0.0])) as media:
+        frame = next(frames_at(media, [0.0])).frame
+        assert Converter().grey(frame, 16, (0, 0, 32, 40)).shape == (20, 16)
+        with pytest.raises(MediaError, match=r"crop_box \(0, 0, 65, 40\) does not fit into a picture of 64 x 64"):
+            Converter().grey(frame, 16, (0, 0, 65, 40))

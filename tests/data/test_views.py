@@ -111,3 +111,33 @@ def test_crop_of_the_same_size_is_the_picture_itself():
     view = View(1, (), 1.0, (1.0, 0.5), False)
     assert (crop(picture, view, 5) == picture[:, 2:]).all()
     assert (crop(picture, replace(view, scale=0.6, center=(0.0, 1.0)), 3) == picture[2:, :3]).all()
+
+
+def test_draw_view_augments_color_and_sound_within_the_settings_and_never_view_zero():
+    data = DataConfig(frames=2, color_jitter=0.3, audio_mask=0.2)
+    views = [draw_view(f"clip {i}", 1, data) for i in range(500)]
+    factors = np.array([view.color for view in views])
+    assert 0.7 <= factors.min() < 0.72
+    assert 1.28 < factors.max() <= 1.3
+    for spans in (np.array([view.masked_mels for view in views]), np.array([view.masked_time for view in views])):
+        assert spans.min() >= 0
+        assert spans.sum(axis=1).max() <= 1
+        assert 0.19 < spans[:, 1].max() <= 0.2
+    clean = draw_view("clip 0", 0, data)
+    assert (clean.color, clean.masked_mels, clean.masked_time) == ((1, 1, 1), (0, 0), (0, 0))
+
+
+def test_crop_box_moves_every_crop_into_the_box():
+    data = DataConfig(frames=2, crop_box="115,165,211,261", center_crop=1.0)
+    assert data.crop_box == (115, 165, 211, 261)
+    assert crop_square(360, 288, draw_view("a", 0, data)) == (115, 165, 96)
+    for index in range(1, 50):
+        left, top, side = crop_square(360, 288, draw_view("a", index, data))
+        assert 115 <= left <= left + side <= 211
+        assert 165 <= top <= top + side <= 261
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "5,5,5,9", "-1,0,5,5", "a,b,c,d"])
+def test_crop_box_that_is_no_box_is_refused(text):
+    with pytest.raises(ValueError, match="crop_box"):
+        DataConfig(crop_box=text)
