@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
@@ -18,10 +18,10 @@ from rich.table import Table
 from .data.annotations import SPLITS, ClipTable
 from .data.clips import read_clips, read_rows
 from .data.config import DataConfig, StageConfig
-from .data.errors import ConfigError, KarmmaError
+from .data.errors import KarmmaError
 from .data.modality import letters
 from .data.progress import watched
-from .data.runs import RunFolder, finished_runs
+from .data.runs import RunFolder, latest_run
 from .data.sample import write_sample
 from .data.settings import assigned, read_preset, read_toml, resolve, rooted
 from .distill.config import StudentConfig
@@ -54,7 +54,7 @@ def tell(text: str) -> None:
     err.print(text, soft_wrap=True, markup=False)
 
 
-def tell_some(lines: list[str]) -> None:
+def tell_some(lines: Sequence[str]) -> None:
     """Say the first ten lines, and how many more there are."""
     for line in lines[:10]:
         tell(line)
@@ -82,10 +82,8 @@ class Settings:
 
     def table(self, heads: tuple[str, ...] = ()) -> ClipTable:
         """Read the clip table with its label columns, those of the data section unless others are named."""
-        if self.data.table is None:
-            raise ConfigError("No clip table named. Add [data] table = ... to karmma.toml, or use --table.")
         table = read_clips(self.data, heads)
-        tell_some(list(table.notes))
+        tell_some(table.notes)
         return table
 
 
@@ -221,7 +219,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="torch device")] = "auto",
 ) -> None:
     """Print accuracy by head and action for every subset of modalities; write CSV, JSON and a report."""
-    folder = RunFolder.open(run) if run else latest_student(settings.data.runs)
+    folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
+    tell(f"Run: {folder.path}")
     table = settings.table(tuple(folder.config["classes"]))
     if table.content_digest() != folder.config["clips"]:
         tell(f"{table.path} is not, or no longer, the table that this run was trained from; evaluating on it as it is.")
@@ -244,15 +243,6 @@ def evaluate(
     raise typer.Exit(SOME_FAILED if evaluation.failed else 0)
 
 
-def latest_student(runs: Path) -> RunFolder:
-    """Return the student that finished last."""
-    found = finished_runs(runs, "student")
-    if not found:
-        raise KarmmaError(f"{runs}: no finished student here. Run karmma distill, or name a run folder.")
-    tell(f"Run: {found[-1].path}")
-    return found[-1]
-
-
 @app.command("check")
 @with_options("data")
 def check(
@@ -264,14 +254,14 @@ def check(
     from .data.check import check_clips
 
     table, bad = read_rows(settings.data, settings.data.heads)
-    tell_some(list(table.notes))
+    tell_some(table.notes)
     with watched("check", table.n_clips, "clips") as progress:
         bad += check_clips(table, settings.data, progress.advance)
     for row in bad:
-        out.print(row, soft_wrap=True, markup=False, highlight=False)
+        out.print(str(row), soft_wrap=True, markup=False, highlight=False)
     if write is not None:
         table.write(write)
-        tell(f"Wrote {write}")
+        tell(f"Wrote {write}; its paths start at {table.folder}.")
     splits = ", ".join(f"{len(table.rows(split))} {split}" for split in SPLITS)
     tell(f"{table.n_clips} clips ({splits}), {len({row.clip_id for row in bad})} with something wrong.")
     raise typer.Exit(SOME_FAILED if bad else 0)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from .annotations import INTEGER, RATES, SOURCES, SPLITS, ClipTable
 from .config import DataConfig
 from .epic import is_epic, read_epic
-from .errors import TableError, nearest
+from .errors import ConfigError, TableError, nearest
 from .something import read_something
 from .splits import hold_out, prune
 from .tables import TextTable, read_text_table
@@ -61,7 +61,7 @@ def read_rows(data: DataConfig, heads: tuple[str, ...] = ()) -> tuple[ClipTable,
     """Return the table of all good rows, and the bad rows, in the order of the files."""
     heads = heads or data.heads
     if data.table is None:
-        raise TableError("No clip table named. Add [data] table = ... to karmma.toml, or use --table.")
+        raise ConfigError("No clip table named. Add [data] table = ... to karmma.toml, or use --table.")
     held_out = "val" if data.holdout == "none" else "test"
     files = [(data.table, "train"), (data.val_table, held_out), (data.test_table, "test")]
     rows = _Rows(data, heads)

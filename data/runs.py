@@ -87,3 +87,12 @@ def finished_runs(runs: Path, kind: str) -> list[RunFolder]:
     """Return the finished runs of a kind ('teacher' or 'student'), the latest last."""
     found = [RunFolder(path.parent) for path in runs.glob(f"{kind}-*/result.json")]
     return sorted(found, key=lambda run: (run.path / "result.json").stat().st_mtime_ns)
+
+
+def latest_run(runs: Path, kind: str) -> RunFolder:
+    """Return the run of a kind that finished last; raises RunError if there is none."""
+    found = finished_runs(runs, kind)
+    if not found:
+        command = {"student": "distill", "teacher": "train-teacher"}[kind]
+        raise RunError(f"{runs}: no finished {kind} here. Run karmma {command}, or name a run folder.")
+    return found[-1]

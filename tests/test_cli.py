@@ -2,6 +2,7 @@
 
 import pytest
 from karmma import cli
+from karmma.data.clips import read_clip_table
 from karmma.data.sample import write_sample
 
 TABLE = "clip_id,video,split,verb,noun\na,a.mp4,train,push,ball\nb,b.mp4,val,pull,box\n"
@@ -90,3 +91,30 @@ def test_preset_option_wins_over_the_preset_of_the_file(here):
     (here / "t.csv").write_text(TABLE)
     (here / "karmma.toml").write_text('preset = "tiny"\n[data]\ntable = "t.csv"\n')
     assert cli.Settings(None, "paper", [], {}).data.frames == 32
+
+
+def test_check_lists_every_bad_row_and_ends_with_exit_code_3(here, monkeypatch, capsys):
+    rows = [f"c{k},none{k}.mp4,train,push,ball" for k in range(12)]
+    (here / "t.csv").write_text("\n".join([TABLE.splitlines()[0], *rows, "c0,b.mp4,val,pull,box"]) + "\n")
+    code, out, err = run(monkeypatch, capsys, "check", "--table", "t.csv")
+    assert code == 3
+    assert len(out.strip().splitlines()) == 13
+    assert "t.csv, line 14, c0: clip_id 'c0' is taken by line 2" in out
+    assert "clip 12, c11: none11.mp4: no such file" in out
+    assert "12 clips (12 train, 0 val, 0 test), 12 with something wrong" in err
+
+
+def test_check_writes_the_table_as_read_and_it_reads_the_same(here, monkeypatch, capsys):
+    write_sample(here / "sample", n_clips=12)
+    code, out, err = run(
+        monkeypatch, capsys, "check", "--config", str(here / "sample/karmma.toml"), "--write", "as_read.csv"
+    )
+    assert (code, out) == (0, "")
+    assert "12 clips" in err
+    as_read = ("check", "--table", "as_read.csv", "--media", str(here / "sample"))
+    assert run(monkeypatch, capsys, *as_read, "--write", "again.parquet")[:2] == (0, "")
+    one, two = (read_clip_table(here / name, ("verb", "noun")) for name in ("sample/clips.csv", "again.parquet"))
+    assert one.content_digest() == two.content_digest()
+    code, _, err = run(monkeypatch, capsys, *as_read, "--write", "x.xlsx")
+    assert code == 1
+    assert "x.xlsx: a clip table ends in .csv or .parquet" in err

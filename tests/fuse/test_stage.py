@@ -14,6 +14,7 @@ from karmma.data.stores import LogitStore, TokenStore
 from karmma.fuse.config import TeacherConfig
 from karmma.fuse.model import build_fusion
 from karmma.fuse.stage import train_teacher
+from karmma.fuse.training import usable_rows
 
 TINY = TeacherConfig(
     embed_dim=16, ffn_dim=16, n_layers=1, n_attention_heads=2, attention_dropout=0.0, epochs=15, warmup_epochs=2,
@@ -177,3 +178,20 @@ def test_validation_without_a_clip_labelled_in_every_head_trains_to_the_end(made
     report = train_teacher(read_clip_table(tmp_path / "t.csv", made.data.heads), made.data, TINY)
     assert report.result["val"]["action"] is None
     assert report.result["val"]["verb"] == 1.0
+
+
+def test_unlabelled_clips_get_logits_and_are_never_trained_on(made, tmp_path):
+    lines = (tmp_path / "clips.csv").read_text().splitlines()
+    for at, line in enumerate(lines[1:], 1):
+        if line.startswith("c3,") or ",test," in line:
+            lines[at] = ",".join([*line.split(",")[:3], "", ""])
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    table = read_clip_table(tmp_path / "t.csv", made.data.heads)
+    unlabelled = [3, *range(20, 24)]
+    assert np.flatnonzero(table.labels("verb") < 0).tolist() == unlabelled
+    report = train_teacher(table, made.data, TINY)
+    logits = LogitStore.open(report.logits).read(np.array(unlabelled), 0)
+    assert all(np.isfinite(values).all() for values in logits.values())
+    rows = usable_rows(table, made.data.heads, np.ones((24, 2), bool))
+    assert 3 not in rows["train"]
+    assert len(rows["train"]) == 15
