@@ -58,7 +58,8 @@ def _some_clips(table: ClipTable, rows: np.ndarray, data: DataConfig) -> list[in
     for i in range(n_chosen):
         place = int((i + 0.5) * len(order) / n_chosen)
         # The clip at this place of the sorted row, or the next one that leaves each of its labels something to train.
-        for row in (*order[place:], *order[:place]):
+        for step in range(len(order)):
+            row = order[(place + step) % len(order)]
             pairs = [*enumerate(labels[row])]
             if row not in chosen and all(left[pair] > 1 for pair in pairs):
                 chosen[row] = None
