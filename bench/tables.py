@@ -2,8 +2,8 @@
 
     python bench/tables.py [--repeats 3]
 
-Tables are made of the real rows where the folder of real data is at hand (KARMMA_SHARED, else ../shared), repeated under
-new names up to 67,217 clips (EPIC-KITCHENS-100, training) and 168,913 (Something-Something V2, training).
+Tables are made of real rows (in the folder KARMMA_SHARED, else ../shared), repeated under new names up to 67,217 clips
+(EPIC-KITCHENS-100, training) and 168,913 (Something-Something V2, training).
 """
 
 import argparse

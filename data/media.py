@@ -210,11 +210,15 @@ class Media:
     def decode(self, stream: "av.VideoStream | av.AudioStream", from_s: float) -> Iterator[tuple[float, Any]]:
         """Yield (time, frame) in order of display, the first at or before `from_s` wherever the file has one.
 
-        Ends with the stream, or at the first error, whose text is then left in `self.broken`.
+        Ends with the stream, or at the first error, whose text is then left in `self.broken`.  Raises MediaError if there
+        is no decoder for it.
         """
         if stream.codec_context is None:
-            self.broken = "this installation has no decoder for it"
-            return
+            # The environment lacks something, not the file: to fetch it again would be of no use.
+            raise MediaError(
+                f"{self.path}: this installation of PyAV has no decoder for its {stream.type}; the file may be sound. "
+                "Convert it, or install a PyAV that has one."
+            )
         index, zero_s = stream.index, self.start_s
         for back in SEEK_BACK_S if from_s > 0 else ():
             frames = self._decode_forward(index, from_s - back, zero_s)

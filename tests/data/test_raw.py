@@ -222,3 +222,10 @@ def test_something_something_clips_are_present_without_sound(shared_data):
     for path in sorted((shared_data / "ssv2/videos").glob("*.webm"))[:4]:
         readings = read_clip(clip(path, stop_s=None), CLEAN, ("video", "flow", "audio"), DATA)
         assert states(readings) == {"video": PRESENT, "flow": PRESENT, "audio": ABSENT}, readings
+
+
+def test_codec_without_a_decoder_is_told_apart_from_a_broken_file(shared_data):
+    path = shared_data / "odd/androidx/mp4/sample_ac4_level4.mp4"
+    reading = read_clip(clip(path, stop_s=None), CLEAN, ("audio",), DATA)["audio"]
+    assert reading.state == FAILED
+    assert "has no decoder for its audio; the file may be sound" in reading.reason
