@@ -210,8 +210,8 @@ class Media:
     def decode(self, stream: "av.VideoStream | av.AudioStream", from_s: float) -> Iterator[tuple[float, Any]]:
         """Yield (time, frame) in order of display, the first at or before `from_s` wherever the file has one.
 
-        Ends with the stream, or at the first error, whose text is then left in `self.broken`.  Raises MediaError if there
-        is no decoder for it.
+        Ends with the stream, or at the first error, whose text is then left in `self.broken`.  Raises MediaError if
+        there is no decoder for it.
         """
         if stream.codec_context is None:
             # The environment lacks something, not the file: to fetch it again would be of no use.
