@@ -89,7 +89,8 @@ def test_every_file_is_present_absent_or_failed_as_it_can_be_read(odd):
         if row["readable"] == "no":
             assert PRESENT not in states, row["file"]
         elif row["readable"] == "partly":
-            assert FAILED in states or "cover" in row["kind"], row["file"]
+            # Sound may break off after the last moment that is looked at.
+            assert FAILED in states or row["kind"].startswith("audio"), row["file"]
         elif n_frames != 1:  # a single frame has no flow, and an end that containers do not agree on
             video = PRESENT if n_frames else ABSENT
             assert states == [video, video, PRESENT if row["has_audio"] == "yes" else ABSENT], (row["file"], found)
