@@ -101,6 +101,7 @@ def _loaded(name: str, weights: Path) -> Any:
     from pickle import UnpicklingError
 
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from torchvision.models import optical_flow
 
@@ -109,7 +110,7 @@ def _loaded(name: str, weights: Path) -> Any:
         safe = weights.suffix == ".safetensors"
         state = load_file(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
-    except (OSError, RuntimeError, ValueError, TypeError, UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError, UnpicklingError) as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(f"flow_weights {weights}: not the weights of {name}: {first}. Name its file.") from None
     return model.eval().requires_grad_(False)

@@ -185,11 +185,11 @@ class Media:
     def worth_seeking(self, from_s: float, to_s: float) -> bool:
         """Say whether a key frame lies between two moments, by the file's index; without one, whether they are far."""
         stream = self.pictures
-        tick, zero_s = float(stream.time_base), self.start_s
-        keys = [entry.timestamp * tick - zero_s for entry in stream.index_entries if entry.is_keyframe]
-        if len(keys) < 2:  # no index, or one that is only read as the file is
+        tick, zero_s, index = float(stream.time_base), self.start_s, stream.index_entries
+        if len(index) < 2:  # no index, or one that is only read as the file is
             return to_s - from_s > FAR_S
-        return any(from_s < key <= to_s for key in keys)
+        key = index.search_timestamp(round((to_s + zero_s) / tick))
+        return key >= 0 and index[key].timestamp * tick - zero_s > from_s
 
     def frames(self, from_s: float) -> Iterator[Frame]:
         """Yield the frames of the video in order of display, as `decode` does."""

@@ -2,7 +2,8 @@
 
 A message, either way, is the length of a JSON text (4 bytes, little-endian), the text, and the bytes of the arrays
 that it announces.  The first one asked is {data, patience_s}, the first answer says that the libraries load; from then
-on {clips, views, modalities} is answered by {readings}, {missing: a library} or {bug: a traceback}.
+on {clips, views, modalities} is answered by {readings}, {missing: a library}, {refused: a setting} or
+{bug: a traceback}.
 """
 
 import json
@@ -21,6 +22,7 @@ import numpy as np
 
 from .annotations import Clip
 from .config import DataConfig
+from .errors import ConfigError
 from .media import Reading
 from .views import draw_view
 
@@ -100,6 +102,8 @@ def _answer(request: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any], 
         found = read_clips(clips, views, [tuple(names) for names in request["modalities"]], data)
     except MemoryError:
         os.kill(os.getpid(), signal.SIGKILL)  # just as the system would: a matter of the clip, and of nothing else
+    except ConfigError as error:  # such as weights that are none
+        return {"refused": str(error)}, []
     except Exception as error:  # a bug: the parent raises it
         own = (__package__ or "").partition(".")[0]
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != own:

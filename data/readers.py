@@ -15,7 +15,7 @@ import numpy as np
 
 from .annotations import Clip
 from .config import DataConfig
-from .errors import InstallationError
+from .errors import ConfigError, InstallationError
 from .media import Reading
 from .modality import FAILED
 from .reader import fill, receive, send
@@ -199,6 +199,8 @@ class _Reader:
         answer = receive(self.process.stdout)
         if "missing" in answer:
             raise InstallationError(answer["missing"])
+        if "refused" in answer:
+            raise ConfigError(answer["refused"])
         if "bug" in answer:
             raise RuntimeError(f"a reader process met a bug:\n{answer['bug']}")
         return answer

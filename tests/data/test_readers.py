@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from karmma.data.annotations import Clip
 from karmma.data.config import DataConfig
-from karmma.data.errors import InstallationError
+from karmma.data.errors import ConfigError, InstallationError
 from karmma.data.modality import ABSENT, FAILED, PRESENT
 from karmma.data.raw import read_clip
 from karmma.data.readers import ReaderPool
@@ -239,6 +239,15 @@ def test_bug_in_a_reader_raises_with_its_traceback_and_the_pool_reads_on(treache
         bad.result()
     assert good.result()["video"].state == PRESENT
     assert pool.submit([(clip(video), 0, ("video",))])[0].result()["video"].state == PRESENT
+
+
+def test_setting_that_no_clip_can_be_read_with_is_refused_in_one_line(video, tmp_path):
+    (tmp_path / "raft.safetensors").write_bytes(b"no weights")
+    settings = {"flow_method": "raft_small", "flow_weights": tmp_path / "raft.safetensors"}
+    with ReaderPool(1, DATA.model_copy(update=settings)) as pool:
+        (future,) = pool.submit([(clip(video), 0, ("flow",))])
+        with pytest.raises(ConfigError, match=r"raft\.safetensors: not the weights of raft_small"):
+            future.result()
 
 
 @pytest.mark.parametrize(
