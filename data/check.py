@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from .annotations import Clip, ClipTable
 from .clips import BadRow
 from .config import DataConfig
@@ -17,19 +19,31 @@ from .raw import open_film
 def check_clips(table: ClipTable, data: DataConfig, count: Callable[[int], None] = lambda n: None) -> list[BadRow]:
     """Open every source of every clip, without decoding, and return a row for each that cannot be what it should be.
 
-    Found are files that are missing or no media, and clips that start or stop beyond the end of their video, as its
-    header or index states it.  Lines count clips from 1, in the table's order.
+    Found are files that are missing or no media, clips that start or stop beyond the end of their video, as its header
+    or index states it, and labels that no training clip has.  Numbers count clips from 1, in the table's order.
     """
-    bad = []
+    bad, untrained = [], _untrained(table)
     # Neighbouring rows share their video: one opening serves them all.
     length = lru_cache(maxsize=256)(_length)
     for row in range(table.n_clips):
         clip = table.clip(row)
         reasons = [reason for name in data.modalities if (reason := _source_problem(clip, name, data))]
         reasons += [reason] if (reason := _video_problem(clip, length)) else []
+        reasons += untrained.get(row, [])
         bad += [BadRow(table.path, "clip", row + 1, clip.clip_id, reason) for reason in dict.fromkeys(reasons)]
         count(1)
     return bad
+
+
+def _untrained(table: ClipTable) -> dict[int, list[str]]:
+    """Return row -> reasons for val and test clips with a label that no training clip has."""
+    out: dict[int, list[str]] = {}
+    for head in table.heads:
+        labels = np.array([text or "" for text in table.arrow.column(head).to_pylist()])
+        trained = labels[table.split == "train"]
+        for row in np.flatnonzero((labels != "") & ~np.isin(labels, trained)) if len(trained) else ():
+            out.setdefault(int(row), []).append(f"{head} = {str(labels[row])!r}, which no training clip has")
+    return out
 
 
 def _source_problem(clip: Clip, modality: str, data: DataConfig) -> str:

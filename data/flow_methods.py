@@ -12,6 +12,7 @@ import numpy as np
 
 from .config import DataConfig
 from .errors import ConfigError
+from .tensors import read_tensors
 
 # RAFT works at an eighth of the resolution, four levels deep.
 RAFT_MULTIPLE, RAFT_SMALLEST = 8, 128
@@ -98,19 +99,12 @@ def _room(side: int) -> int:
 
 def _loaded(name: str, weights: Path) -> Any:
     """Return RAFT in evaluation mode; raises ConfigError for a file that is missing or holds something else."""
-    from pickle import UnpicklingError
-
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     from torchvision.models import optical_flow
 
     model = getattr(optical_flow, name)(weights=None, progress=False)
     try:
-        safe = weights.suffix == ".safetensors"
-        state = load_file(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError, UnpicklingError) as error:
+        model.load_state_dict(read_tensors(weights))
+    except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
-        raise ConfigError(f"flow_weights {weights}: not the weights of {name}: {first}. Name its file.") from None
+        raise ConfigError(f"{weights}: not the weights of {name}: {first}. Name its file in flow_weights.") from None
     return model.eval().requires_grad_(False)

@@ -3,18 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError  # how torch.load(weights_only=True) says no; nothing is unpickled here
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models import WeightsEnum
 from torchvision.models.video import Swin3D_B_Weights, Swin3D_S_Weights, Swin3D_T_Weights
 
 from ..data.errors import ConfigError, nearest
 from ..data.modality import in_order
+from ..data.tensors import read_tensors
 from .backbone import Backbone
 from .layout import LayoutTransformer
 from .spectrogram import SpectrogramTransformer
@@ -134,7 +132,7 @@ def _read_weights(name: str, recipe: Recipe, weights: str) -> Mapping[str, Tenso
         raise ConfigError(
             f"Unknown weights {weights!r} for {name}: neither none nor kinetics400 nor a file {', '.join(SUFFIXES)}."
         )
-    return _read_file(path)
+    return read_tensors(path)
 
 
 def _download(weights: WeightsEnum) -> Mapping[str, Tensor]:
@@ -145,22 +143,6 @@ def _download(weights: WeightsEnum) -> Mapping[str, Tensor]:
         raise ConfigError(
             f"{weights.url}: cannot be fetched: {error}. Fetch it elsewhere and set weights to the file."
         ) from None
-
-
-def _read_file(path: Path) -> Mapping[str, Tensor]:
-    """Read tensors by name from a file, without running any code that is in it."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such weights file. Correct the path, or set weights to none.")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{path}: not a readable weights file: {reason}. Save it again as .safetensors.") from None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ConfigError(
-            f"{path}: expected tensors by name, found something else. Save a state dict and nothing around it."
-        )
-    return state
 
 
 def _fill(backbone: Backbone, state: Mapping[str, Tensor], where: str) -> None:

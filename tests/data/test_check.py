@@ -67,7 +67,12 @@ def test_missing_flow_folder_is_listed_by_its_part(made, tmp_path):
     assert found == {"a": f"flow: {tmp_path / 'flow/v'}: no such file"}
 
 
-def test_unknown_label_is_left_to_training_and_a_folder_of_frames_needs_a_rate(made, tmp_path):
+def test_label_that_is_never_trained_is_listed(made):
+    found = made("clip_id,video,split,verb\na,two.mp4,train,x\nb,two.mp4,val,x\nc,two.mp4,test,y\nd,two.mp4,test,\n")
+    assert found == {"c": "verb = 'y', which no training clip has"}
+
+
+def test_folder_of_frames_needs_a_rate(made, tmp_path):
     (tmp_path / "frames").mkdir()
     (tmp_path / "frames/0001.jpg").write_bytes(b"")
     found = made("clip_id,video,verb\na,frames,x\n", modalities=("video",))
@@ -82,6 +87,6 @@ def test_real_rows_without_a_clip_are_all_listed(shared_data):
     )  # fmt: skip
     table, bad = read_rows(data, ("action",))
     assert not bad
-    found = check_clips(table, data)
-    assert len(found) == 106
-    assert all("no such file" in row.reason for row in found)
+    missing = [row for row in check_clips(table, data) if "no such file" in row.reason]
+    assert {row.clip_id for row in missing} == {*table.clip_ids[table.rows("val")].tolist()}
+    assert len(missing) == 106

@@ -66,7 +66,7 @@ def test_other_weights_are_refused_with_the_file_and_the_cause(tmp_path, weights
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.pth").write_bytes(b"no weights")
     for name in ("other.safetensors", "text.pth", "none.safetensors"):
-        with pytest.raises(ConfigError, match=rf"flow_weights .*{name}"):
+        with pytest.raises(ConfigError, match=rf"{name}: "):
             flow_method(DataConfig(flow_method="raft_small", flow_weights=tmp_path / name))
     with pytest.raises(ConfigError, match="not the weights of raft_large"):
         flow_method(DataConfig(flow_method="raft_large", flow_weights=weights))

@@ -1,6 +1,7 @@
 from fractions import Fraction
 from itertools import pairwise
 
+import av
 import numpy as np
 import pytest
 from karmma.data.errors import MediaError
@@ -213,3 +214,21 @@ def test_crop_box_is_cut_before_the_view(film):
         assert Converter().grey(frame, 16, (0, 0, 32, 40)).shape == (20, 16)
         with pytest.raises(MediaError, match=r"crop_box \(0, 0, 65, 40\) does not fit into a picture of 64 x 64"):
             Converter().grey(frame, 16, (0, 0, 65, 40))
+
+
+@pytest.mark.parametrize("form", ["bgra", "bgr0", "gray", "yuv420p10le", "yuva420p", "yuv444p"])
+def test_frames_of_any_form_and_odd_size_come_out_in_their_colors(tmp_path, form):
+    """65 x 49 pixels, a smooth ramp, in a codec without loss; alpha is left out."""
+    ramp = np.add.outer(np.arange(49) * 2, np.arange(65)).astype(np.uint8)
+    picture = np.dstack([ramp, 255 - ramp, np.full_like(ramp, 90)])
+    picture = np.repeat(ramp[..., None], 3, 2) if form == "gray" else picture
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 65, 49, form
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    with Media(tmp_path / "a.mkv") as media:
+        rgb = Converter().rgb(next(frames_at(media, [0.05])).frame)
+    assert rgb.shape == (49, 65, 3)
+    assert np.abs(rgb.astype(int) - picture).mean() < 2.5
