@@ -164,9 +164,14 @@ def log_mel(samples: np.ndarray, centers: np.ndarray, data: DataConfig) -> np.nd
     frames = np.lib.stride_tricks.sliding_window_view(samples, data.audio_window)[begins]  # [n, window]
     hann = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(data.audio_window) / data.audio_window)).astype(np.float32)
     spectrum = np.fft.rfft(frames * hann, n_fft)  # [n, n_fft // 2 + 1]
-    power = spectrum.real**2 + spectrum.imag**2
-    mels = power.astype(np.float32) @ mel_filters(data.audio_rate, n_fft, data.audio_mels).T
-    return np.log10(np.maximum(mels, np.float32(FLOOR)))
+    power = np.ascontiguousarray((spectrum.real**2 + spectrum.imag**2).T, np.float32)  # [n_fft // 2 + 1, n]
+    mels = np.empty((data.audio_mels, len(frames)), np.float32)
+    # Band by band, and not as a product of matrices: its last bits would depend on the number of threads.
+    for out, weights in zip(mels, mel_filters(data.audio_rate, n_fft, data.audio_mels), strict=True):
+        (heard,) = np.nonzero(weights)
+        band = slice(heard[0], heard[-1] + 1)
+        np.sum(weights[band, None] * power[band], axis=0, out=out)
+    return np.log10(np.maximum(mels.T, np.float32(FLOOR)))
 
 
 @lru_cache(maxsize=8)

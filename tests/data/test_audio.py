@@ -1,5 +1,8 @@
 import cmath
 import math
+import os
+import subprocess
+import sys
 import warnings
 from fractions import Fraction
 
@@ -268,3 +271,16 @@ def test_masked_bands_hold_the_mean_and_nothing_else_changes(wav):
         hidden[:, (moments > 0.501) & (moments < 0.601)] = True
         assert segment[~hidden] == pytest.approx(was[~hidden])
         assert segment[hidden] == pytest.approx(np.full(hidden.sum(), was.mean()), abs=1e-5)
+
+
+def test_log_mel_does_not_depend_on_the_number_of_threads():
+    ask = "import hashlib, numpy as np; from karmma.data.audio import log_mel; "
+    ask += "from karmma.data.config import DataConfig; "
+    ask += "sound = np.random.default_rng(0).standard_normal(40_000).astype(np.float32); "
+    ask += "print(hashlib.sha256(log_mel(sound, np.arange(500, 39_000, 20), DataConfig()).tobytes()).hexdigest())"
+    said = set()
+    for threads in ("1", "2", "5"):
+        env = {**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        run = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True)
+        said.add(run.stdout)
+    assert len(said) == 1
