@@ -124,6 +124,7 @@ class Converter:
 def _shrunk(picture: np.ndarray, short_side: int) -> np.ndarray:
     import cv2
 
+    cv2.setNumThreads(1)  # many readers run side by side
     factor = short_side / min(picture.shape[:2])
     if 0 < factor < 1:
         height, width = (max(1, round(side * factor)) for side in picture.shape[:2])
