@@ -34,7 +34,7 @@ class BadRow:
 
     def __str__(self) -> str:
         """Return it as one line."""
-        return f"{self.path}, {self.unit} {self.line}, {self.clip_id or 'no clip_id'}: {self.reason}"
+        return f"{self.path}, {self.unit} {self.line}, {' '.join(self.clip_id.split()) or 'no clip_id'}: {self.reason}"
 
 
 def read_clip_table(path: Path, heads: tuple[str, ...]) -> ClipTable:
@@ -113,7 +113,7 @@ class _Rows:
             return read_something(path, self.data.labels, self.heads)
         text = read_text_table(path, (*COLUMNS, *self.heads))
         if is_epic(text.header):
-            return read_epic(path, self.heads)
+            return read_epic(path, self.heads, Path(self.data.table).parent)
         # A table of clips to predict need not have labels.
         needed = ("clip_id",) if path == self.data.test_table and split == "test" else ("clip_id", *self.heads)
         missing = [name for name in needed if name not in text.columns]
@@ -169,7 +169,8 @@ def _sources(
     """Return the sources of all modalities as written, from the columns or, where there is none, from patterns."""
     patterns = {name: getattr(data, f"{name}_files") for name in ("video", *SOURCES)}
     patterns["video"] = patterns["video"] or usual
-    ids = text.columns.get("video_id") or [Path(video).stem for video in _cells(text, "video")]
+    named = zip(_cells(text, "video_id"), _cells(text, "video"), strict=True)
+    ids = [video_id or Path(video).stem for video_id, video in named]
     fields = list(zip(ids, _cells(text, "participant"), text.columns["clip_id"], strict=True))
     out: dict[str, list[str | None]] = {}
     for name, pattern in patterns.items():
@@ -183,11 +184,13 @@ def _sources(
         )
     for line, video in zip(text.lines, out["video"], strict=True):
         if video is None:
-            notes.append((line, "video is empty"))
+            notes.append((line, f"{'video' if 'video' in text.columns else 'video_id'} is empty"))
     return out
 
 
-def _filled(pattern: str, video_id: str, participant: str, clip_id: str) -> str:
+def _filled(pattern: str, video_id: str, participant: str, clip_id: str) -> str | None:
+    if not video_id and "{video_id}" in pattern:
+        return None
     filled = pattern.replace("{video_id}", video_id).replace("{participant}", participant)
     return filled.replace("{clip_id}", clip_id)
 

@@ -28,11 +28,12 @@ def is_epic(header: Sequence[str]) -> bool:
     return "narration_id" in header
 
 
-def read_epic(path: Path, heads: tuple[str, ...]) -> tuple[TextTable, dict[str, Any]]:
+def read_epic(path: Path, heads: tuple[str, ...], folder: Path) -> tuple[TextTable, dict[str, Any]]:
     """Return the rows of an official file in the columns of one's own tables, and what the data set fixes.
 
-    Labels are the names of the official classes where EPIC_100_verb_classes.csv and EPIC_100_noun_classes.csv lie
-    beside the table, in the official order, else class indices; a file without label columns is unlabelled.
+    folder: where the other official files are.  Labels are the names of the official classes, in their order,
+    where EPIC_100_verb_classes.csv and EPIC_100_noun_classes.csv lie there, else class indices; a file without label
+    columns is unlabelled.
     Facts are fields of ClipTable, and `video_files`.  Raises TableError for heads that the data set does not have.
     """
     unknown = [head for head in heads if head not in HEADS]
@@ -42,7 +43,7 @@ def read_epic(path: Path, heads: tuple[str, ...]) -> tuple[TextTable, dict[str, 
     missing = [name for name in NAMES if name not in text.columns]
     if missing:
         raise TableError(f"{path}: no column {missing[0]!r}, which EPIC-KITCHENS' files have. Fetch the file again.")
-    classes = {head: names for head in heads if (names := _classes(path.parent / f"EPIC_100_{head}_classes.csv"))}
+    classes = {head: names for head in heads if (names := _classes(folder / f"EPIC_100_{head}_classes.csv"))}
     columns = {own: text.columns[official] for official, own in NAMES.items()}
     for name in ("start_s", "stop_s"):
         columns[name] = [_seconds(cell) for cell in columns[name]]
@@ -56,8 +57,8 @@ def read_epic(path: Path, heads: tuple[str, ...]) -> tuple[TextTable, dict[str, 
         "video_files": VIDEOS,
         "is_pruned": True,
         "class_names": classes,
-        "unseen": frozenset(_column(path.parent / "EPIC_100_unseen_participant_ids_validation.csv", "participant_id")),
-        "tail": {head: _tail(path.parent / f"EPIC_100_tail_{head}s.csv", head, classes.get(head)) for head in heads},
+        "unseen": frozenset(_column(folder / "EPIC_100_unseen_participant_ids_validation.csv", "participant_id")),
+        "tail": {head: _tail(folder / f"EPIC_100_tail_{head}s.csv", head, classes.get(head)) for head in heads},
     }
     return TextTable([*columns], columns, text.lines, text.unit, bad), facts
 

@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
-from karmma.data.clips import read_clip_table
+from karmma.data.clips import read_clip_table, read_clips
+from karmma.data.config import DataConfig
 from karmma.data.errors import TableError
 from pyarrow import parquet
 
@@ -204,3 +205,56 @@ def test_grid_table_reads_as_its_class_list_says(shared_data):
     assert [len(clips.rows(split)) for split in ("train", "val", "test")] == [700, 100, 200]
     assert clips.classes("colour") == ("blue", "green", "red", "white")
     assert clips.clip(0).video.is_file()
+
+
+def test_video_id_and_patterns_say_where_files_are_and_columns_win(table):
+    path = table("clip_id,video_id,participant,audio,verb\na,v1,p1,own.wav,x\nb,v2,p2,,x\n")
+    data = DataConfig(
+        table=path, heads=("verb",), media=path.parent / "media", video_files="{participant}/{video_id}.mp4",
+        audio_files="never/{clip_id}.wav", detections_files="boxes/part*.json", video_fps=24,
+    )  # fmt: skip
+    one, two = (read_clips(data).clip(row) for row in (0, 1))
+    assert one.video == path.parent / "media/p1/v1.mp4"
+    assert one.sources == {
+        "audio": path.parent / "media/own.wav", "detections": path.parent / "media/boxes/part*.json",
+    }  # fmt: skip
+    assert two.sources["audio"] is None
+    assert (two.video_id, two.rates) == ("v2", {"video": 24})
+
+
+def test_data_that_moves_keeps_its_digest_and_rates_are_part_of_it(table):
+    path = table("clip_id,video,verb\na,v1.mp4,x\n")
+    data = DataConfig(table=path, heads=("verb",))
+    sources = [read_clips(data.model_copy(update=more)).sources(0) for more in ({}, {"media": "/x"}, {"video_fps": 5})]
+    assert sources[0] == sources[1] != sources[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clip_id,video_id,verb\na,v1,x\n", "Or name the column video_id, and set video_files"),
+        ("clip_id,video,video_fps,verb\na,v,0,x\n", "video_fps = '0', expected a number above 0"),
+        ("clip_id,video,audio_hz,verb\na,v,many,x\n", "audio_hz = 'many', expected a number above 0"),
+    ],
+)
+def test_sources_that_cannot_be_found_are_bad(table, text, message):
+    with pytest.raises(TableError, match=message):
+        read_clip_table(table(text), ("verb",))
+
+
+def test_empty_video_id_is_a_bad_row(table):
+    path = table("clip_id,video_id,verb\na,,x\nb,v,x\n")
+    data = DataConfig(table=path, heads=("verb",), video_files="{video_id}.mp4")
+    with pytest.raises(TableError, match="line 2: video_id is empty"):
+        read_clips(data)
+
+
+def test_several_files_are_one_table_and_say_their_split(table):
+    data = DataConfig(
+        table=table("clip_id,video,verb\na,v,x\n"), val_table=table("clip_id,video,verb\nb,v,x\n", "val.csv"),
+        test_table=table("clip_id,video,participant\nc,v,p\n", "test.csv"), heads=("verb",),
+    )  # fmt: skip
+    clips = read_clips(data)
+    assert clips.split.tolist() == ["train", "val", "test"]
+    assert clips.labels("verb").tolist() == [0, 0, -1]
+    assert clips.participants().tolist() == ["", "", "p"]
