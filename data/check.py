@@ -1,5 +1,6 @@
 """Checking a clip table against the files it names: every bad row with its reason, before any long work begins."""
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from .annotations import Clip, ClipTable
 from .clips import BadRow
 from .config import DataConfig
 from .errors import MediaError
-from .media import located
+from .media import located, matches
 from .numbered import NumberedFrames
 from .packs import split_pack
 from .raw import open_film
@@ -54,7 +55,7 @@ def _source_problem(clip: Clip, modality: str, data: DataConfig) -> str:
     has_parts = modality == "flow" and data.flow_method == "released"
     for part in map(located, (source / "u", source / "v") if has_parts else (source,)):
         pack = split_pack(part)
-        if not (pack[0] if pack else part).exists() and not list(part.parent.glob(part.name)):
+        if not os.path.exists(pack[0] if pack else part) and not matches(part):
             return f"{modality}: {part}: no such file"
     return ""
 

@@ -19,6 +19,8 @@ from .tables import TextTable, read_text_table
 N_SHOWN = 5
 # Integer labels are class indices; a larger one is an identifier that strayed into a label column.
 MAX_CLASSES = 100_000
+# Three years of seconds: what is more is milliseconds, or a date that strayed into a column of times.
+LARGEST = 1e8
 COLUMNS = ("clip_id", "video", "video_id", "start_s", "stop_s", "split", "participant", *SOURCES, *RATES)
 
 
@@ -222,7 +224,7 @@ def _seconds(name: str, texts: list[str], lines: list[int], notes: list[tuple[in
             value = float(text) if text else None
         except ValueError:
             value = math.nan
-        if value is not None and not (0 <= value < math.inf and (value or name not in RATES)):
+        if value is not None and not (0 <= value < LARGEST and (value or name not in RATES)):
             kind = "a number above 0" if name in RATES else "seconds, 0 or more"
             notes.append((line, f"{name} = {text!r}, expected {kind}"))
             value = None

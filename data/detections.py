@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .errors import MediaError
-from .media import EPSILON_S
+from .media import EPSILON_S, matches
 from .views import View, crop_square
 
 # Something-Something V2, on which the official files rest, has 12 frames a second; they do not say so.
@@ -49,10 +49,10 @@ class Boxes:
 def read_boxes(path: Path, names: Sequence[str]) -> Boxes | None:
     """Read the boxes of the video that goes by one of `names`; None if the file holds other videos only.
 
-    path: one file, or with `*` in its name those of its parts.  Raises MediaError if a file is missing or not in one of
+    path: one file, or with `*` those of its parts.  Raises MediaError if a file is missing or not in one of
     the three forms, or if two parts hold the video.
     """
-    parts = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    parts = matches(path) if "*" in str(path) else [path]
     if not parts:
         raise MediaError(f"{path}: no such files. Put them there, or correct detections_files.")
     found = [boxes for part in parts if (boxes := _read_part(part, names)) is not None]

@@ -1,6 +1,8 @@
 """Media files of any container that PyAV reads: opening, the clock, and decoding forward from a time."""
 
+import glob
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -32,12 +34,15 @@ class Reading:
     reason: str = ""
 
 
+def matches(path: Path) -> list[Path]:
+    """Return the files and folders that a path with `*` stands for, sorted; `*` is any part of one name."""
+    return [Path(found) for found in sorted(glob.glob("*".join(map(glob.escape, str(path).split("*")))))]
+
+
 def located(path: Path) -> Path:
     """Return the one file or folder that a path with `*` stands for; unless there is exactly one, the path as it is."""
     file, inside, name = str(path).partition("::")
-    if "*" not in file:
-        return path
-    found = sorted(Path(path.anchor).glob(str(Path(file).relative_to(path.anchor))))
+    found = matches(Path(file)) if "*" in file else []
     return Path(f"{found[0]}{inside}{name}") if len(found) == 1 else path
 
 
@@ -85,7 +90,7 @@ class Media:
 
         if "*" in str(self.path):
             raise MediaError(f"{self.path}: stands for no file, or for several; expected one. Correct the pattern.")
-        if not self.path.exists():
+        if not os.path.exists(self.path):  # which, unlike Path.exists, is at ease with any name
             raise MediaError(f"{self.path}: no such file. Put it there, or correct the clip table.")
         try:
             container = av.open(str(self.path), metadata_errors="replace")

@@ -69,15 +69,16 @@ class NumberedFrames:
 
     @property
     def has_pictures(self) -> bool:
-        """Whether there is any frame."""
-        return len(self._pictures.numbers) > 0
+        """Say yes; raises MediaError if there is none: a folder of frames that is empty is at fault."""
+        if not len(self._pictures.numbers):
+            raise MediaError(f"{self.path}: holds no numbered pictures. Unpack them, or correct the clip table.")
+        return True
 
     @property
     def duration_s(self) -> float:
         """Seconds from the clock's zero to the end of the last frame."""
-        if not self.has_pictures:
-            raise MediaError(f"{self.path}: holds no numbered pictures. Correct the clip table.")
-        return (int(self._pictures.numbers[-1]) - self._first + 1) / self.fps
+        n_frames = int(self._pictures.numbers[-1]) - self._first + 1 if self.has_pictures else 0
+        return n_frames / self.fps
 
     @property
     def _first(self) -> int:

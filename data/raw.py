@@ -5,6 +5,7 @@ This file alone knows which modality comes from which source: video and computed
 track or the audio source, detections from the detections source.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def read_clips(
 def open_film(path: Path, fps: float | None) -> AbstractContextManager[Film]:
     """Return the frames of a video, not opened yet: a media file, a folder of numbered frames or `pack.h5::dataset`."""
     path = located(path)
-    return open_frames(path, fps) if path.is_dir() or split_pack(path) else Media(path)
+    return open_frames(path, fps) if os.path.isdir(path) or split_pack(path) else Media(path)
 
 
 def _span(clip: Clip, film: Film) -> tuple[float, float]:

@@ -43,9 +43,7 @@ def _shown(path: Path, fps: float | None, times: np.ndarray) -> Iterator[tuple[l
     """Yield (places, grey picture [H, W]) for the frames on display at the times."""
     converter = Converter()
     with open_frames(path, fps) as film:
-        if not film.has_pictures:
-            raise MediaError(f"{path}: holds no numbered pictures. Correct the clip table.")
-        for shown in frames_at(film, times):
+        for shown in frames_at(film, times) if film.has_pictures else ():
             yield shown.places, converter.grey(shown.frame)
 
 

@@ -235,6 +235,7 @@ def test_data_that_moves_keeps_its_digest_and_rates_are_part_of_it(table):
         ("clip_id,video_id,verb\na,v1,x\n", "Or name the column video_id, and set video_files"),
         ("clip_id,video,video_fps,verb\na,v,0,x\n", "video_fps = '0', expected a number above 0"),
         ("clip_id,video,audio_hz,verb\na,v,many,x\n", "audio_hz = 'many', expected a number above 0"),
+        ("clip_id,video,start_s,verb\na,v,1e300,x\n", "start_s = '1e300', expected seconds, 0 or more"),
     ],
 )
 def test_sources_that_cannot_be_found_are_bad(table, text, message):

@@ -168,8 +168,8 @@ def test_empty_missing_and_ambiguous_folders_say_so(folder, tmp_path):
     with open_frames(tmp_path / "none", 10.0) as film, pytest.raises(MediaError, match="none: no such folder"):
         _ = film.has_pictures
     (tmp_path / "empty").mkdir()
-    with open_frames(tmp_path / "empty", 10.0) as film:
-        assert not film.has_pictures
+    with open_frames(tmp_path / "empty", 10.0) as film, pytest.raises(MediaError, match="holds no numbered pictures"):
+        _ = film.has_pictures
     path = folder(range(1, 4))
     with open_frames(path, None) as film, pytest.raises(MediaError, match="Set video_fps"):
         _ = film.duration_s

@@ -229,3 +229,14 @@ def test_codec_without_a_decoder_is_told_apart_from_a_broken_file(shared_data):
     reading = read_clip(clip(path, stop_s=None), CLEAN, ("audio",), DATA)["audio"]
     assert reading.state == FAILED
     assert "has no decoder for its audio; the file may be sound" in reading.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [("x" * 3000, "FFF"), ("a\0b.mp4", "FFF"), ("folder.mp4", "FFA"), ("empty.mp4", "FFF"), ("*.mp4", "FFF"), ("a**b", "FFF")],
+)
+def test_hostile_path_fails_its_clip_and_nothing_else(tmp_path, name, state):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    found = read_clip(clip(tmp_path / name), CLEAN, ("video", "flow", "audio"), DATA)
+    assert "".join("?PAF"[reading.state] for reading in found.values()) == state
