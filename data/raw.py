@@ -145,8 +145,8 @@ def _read_audio(film: Film, order: _Order, data: DataConfig) -> Reading:
             return _absent(f"{film.path} holds frames and no sound")
         if not film.has_sound:
             return _absent(f"{film.path} has no sound track")
-        return Reading(PRESENT, read_audio(film, order.times, order.span, order.view, data))
-    with _open_sound(located(own), order.clip.rates.get("audio")) as recording:
+    # Opened anew for each clip: some decoders draw noise, from a state that seeking does not set back.
+    with _open_sound(located(own or film.path), order.clip.rates.get("audio")) as recording:
         if not recording.has_sound:
             raise MediaError(f"{own}: has no sound track. Leave its cell in the table empty, or name another file.")
         return Reading(PRESENT, read_audio(recording, order.times, order.span, order.view, data))
