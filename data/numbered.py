@@ -45,7 +45,7 @@ class Pictures(Protocol):
 class NumberedFrames:
     """A film of numbered frames, each shown for 1 / fps seconds: number 1 from 0 on, or number 0 where there is one.
 
-    fps: frames a second, unless the pictures state it themselves.  A clip that needs a missing frame finds the film
+    fps: frames a second; None if the pictures state it themselves.  A clip that needs a missing frame finds the film
     broken there, and names it.  Every method raises MediaError, with the path, when something cannot be read.
     """
 
@@ -62,7 +62,7 @@ class NumberedFrames:
     @property
     def fps(self) -> float:
         """Frames a second."""
-        found = self._pictures.fps or self._given
+        found = self._given or self._pictures.fps
         if not found:
             raise MediaError(f"{self.path}: numbered frames have no times. Set video_fps (flow: flow_fps).")
         return found

@@ -144,7 +144,7 @@ class PackedPictures(_Packed):
 class PackedSound(_Packed):
     """A waveform in a pack: [n], [channels, n] or [n, channels], floats in -1..1 or integers of their full range.
 
-    hz: samples a second, unless an attribute `sample_rate` states it.
+    hz: samples a second; None if an attribute `sample_rate` states it.
     """
 
     def __init__(self, path: Path, hz: float | None) -> None:
@@ -181,7 +181,7 @@ class PackedSound(_Packed):
             yield start / hz, frame
 
     def _hz(self, dataset: "h5py.Dataset") -> int:
-        stated = next((dataset.attrs[name] for name in RATE_NAMES if name in dataset.attrs), self._given)
+        stated = self._given or next((dataset.attrs[name] for name in RATE_NAMES if name in dataset.attrs), None)
         if stated is None:
             raise MediaError(f"{self.path}: does not say its samples a second. Set audio_hz.")
         return round(float(stated))

@@ -89,7 +89,7 @@ def test_packs_of_every_form_show_what_the_folder_shows(folder, pack, number_in,
     expected = shown(folder(range(1, 41)), times, number_in, 20.0)
     assert expected == [1, 3, 7, 21, 39]
     assert shown(pack(40, form), times, number_in, 20.0) == expected
-    assert shown(pack(40, form, "with/rate", fps=10.0), [0.0, 1.0], number_in, 20.0) == [1, 11]
+    assert shown(pack(40, form, "with/rate", fps=10.0), [0.0, 1.0], number_in) == [1, 11]
 
 
 def test_folder_that_counts_from_zero_starts_with_zero(folder, number_in):
