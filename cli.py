@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -249,6 +250,7 @@ def check(
     *,
     settings: Settings,
     write: Annotated[Path | None, typer.Option(help="write the table as read, as .csv or .parquet")] = None,
+    only_good: Annotated[bool, typer.Option(help="write only clips with nothing wrong")] = False,
 ) -> None:
     """List every bad row of the clip table, and every clip whose files are not there or too short."""
     from .data.check import check_clips
@@ -259,11 +261,13 @@ def check(
         bad += check_clips(table, settings.data, progress.advance)
     for row in bad:
         out.print(str(row), soft_wrap=True, markup=False, highlight=False)
+    wrong = {row.clip_id for row in bad}
     if write is not None:
-        table.write(write)
+        kept = [clip_id not in wrong or not only_good for clip_id in table.clip_ids.tolist()]
+        table.kept(np.array(kept)).write(write)
         tell(f"Wrote {write}; its paths start at {table.folder}.")
     splits = ", ".join(f"{len(table.rows(split))} {split}" for split in SPLITS)
-    tell(f"{table.n_clips} clips ({splits}), {len({row.clip_id for row in bad})} with something wrong.")
+    tell(f"{table.n_clips} clips ({splits}), {len(wrong)} with something wrong.")
     raise typer.Exit(SOME_FAILED if bad else 0)
 
 

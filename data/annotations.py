@@ -96,10 +96,10 @@ class ClipTable:
             said = [*row[:4], dict(zip(names, row[4:n_fixed], strict=True))]
             yield [*said, dict(zip(rates, row[n_fixed:], strict=True))] if rates else said
 
-    def kept(self, rows: np.ndarray, note: str) -> "ClipTable":
+    def kept(self, rows: np.ndarray, *notes: str) -> "ClipTable":
         """Return the table with the rows where `rows` [N] is True."""
         ids, split = self.clip_ids[rows], self.split[rows]
-        return replace(self, arrow=self.arrow.filter(rows), clip_ids=ids, split=split, notes=(*self.notes, note))
+        return replace(self, arrow=self.arrow.filter(rows), clip_ids=ids, split=split, notes=(*self.notes, *notes))
 
     def resplit(self, split: np.ndarray, note: str) -> "ClipTable":
         """Return the table with another split, [N] text."""

@@ -56,7 +56,7 @@ class _Packed:
         if not file.exists():
             raise MediaError(f"{file}: no such file. Put it there, or correct the clip table.")
         try:
-            place: Any = self._file or h5py.File(file, "r")
+            place: Any = self._file or h5py.File(file, "r", locking="best-effort")
             self._file = place
             for part in filter(None, name.split("/")):
                 place = _member(self.path, place, part)

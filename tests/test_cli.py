@@ -118,3 +118,16 @@ def test_check_writes_the_table_as_read_and_it_reads_the_same(here, monkeypatch,
     code, _, err = run(monkeypatch, capsys, *as_read, "--write", "x.xlsx")
     assert code == 1
     assert "x.xlsx: a clip table ends in .csv or .parquet" in err
+
+
+def test_check_writes_only_the_clips_with_nothing_wrong_if_asked(here, monkeypatch, capsys):
+    write_sample(here / "sample", n_clips=12)
+    lines = (here / "sample/clips.csv").read_text().splitlines()
+    (here / "sample/videos/clip_0003.mp4").unlink()
+    options = ("--config", str(here / "sample/karmma.toml"), "--write", "subset.csv", "--only-good")
+    code, out, _ = run(monkeypatch, capsys, "check", *options)
+    assert code == 3
+    assert "clip_0003.mp4: no such file" in out
+    written = read_clip_table(here / "subset.csv", ("verb", "noun"))
+    assert [f"clip_{at:04d}" for at in range(12) if at != 3] == written.clip_ids.tolist()
+    assert len(lines) == 13
