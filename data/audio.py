@@ -26,6 +26,8 @@ PREROLL_S = 0.25
 # Time stamps jitter by less than this (WebM rounds to milliseconds); a larger step is a hole in the sound.
 HOLE_S = 0.1
 FLOOR = 1e-10
+# Full scale is 1, or 2^31 where somebody forgot to scale; what is louder still is damage.
+LOUDEST = 1e10
 # PyAV (seen in 18.1) counts a plane too many from eight on, and reading it ends the process.
 CRASHING_PLANES = 8
 
@@ -105,8 +107,8 @@ def read_samples(sound: Sound, wanted: tuple[int, int], span: tuple[float, float
             f"{sound.path}: has a sound track, but no sample between {span[0]:.3f} and {span[1]:.3f} s. "
             "Correct start_s and stop_s, or leave the cell of its audio column empty."
         )
-    if not np.isfinite(out).all():
-        raise MediaError(f"{sound.path}: the sound holds values that are not finite. Convert the file again.")
+    if not (np.abs(out) < LOUDEST).all():
+        raise MediaError(f"{sound.path}: the sound holds values that are not finite, or no sound. Convert it again.")
     return out
 
 

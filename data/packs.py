@@ -1,6 +1,8 @@
 """HDF5 packs: the encoded frames, or the sound, of many videos in one file, as `pack.h5::name`."""
 
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -55,16 +57,23 @@ class _Packed:
             raise MediaError(f"{file}: names no dataset. Write {file.name}::NAME, or ::{{video_id}} in a pattern.")
         if not file.exists():
             raise MediaError(f"{file}: no such file. Put it there, or correct the clip table.")
-        try:
+        with _intact(self.path):
             place: Any = self._file or h5py.File(file, "r", locking="best-effort")
             self._file = place
             for part in filter(None, name.split("/")):
                 place = _member(self.path, place, part)
-        except MediaError:
-            raise
-        except (OSError, RuntimeError, KeyError) as error:
-            raise MediaError(f"{file}: cannot be read as HDF5: {error}. Fetch it again.") from None
         return place
+
+
+@contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """Turn whatever HDF5 says of a damaged file into one MediaError."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise MediaError(f"{path}: cannot be read as HDF5: {error}. Fetch the pack again.") from None
 
 
 def _member(path: Path, group: Any, name: str) -> Any:
@@ -72,7 +81,7 @@ def _member(path: Path, group: Any, name: str) -> Any:
     import h5py
 
     if not isinstance(group, h5py.Group) or name not in group:
-        known = list(group) if isinstance(group, h5py.Group) else []
+        known = [key for key in group if isinstance(key, str)] if isinstance(group, h5py.Group) else []
         raise MediaError(f"{path}: no {name!r} in the pack. {nearest(name, known)}")
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise MediaError(f"{path}: {name!r} is a link. Copy what it stands for into the pack.")
@@ -93,8 +102,9 @@ class PackedPictures(_Packed):
     @property
     def fps(self) -> float | None:
         """The attribute `fps`, where there is one."""
-        stated = self._open().attrs.get("fps")
-        return None if stated is None else float(stated)
+        with _intact(self.path):
+            stated = self._open().attrs.get("fps")
+            return None if stated is None else float(stated)
 
     @property
     def numbers(self) -> np.ndarray:
@@ -105,17 +115,16 @@ class PackedPictures(_Packed):
         if isinstance(source, h5py.Dataset):
             return np.arange(1, len(source) + 1)
         if not self._names:
-            digits = {name: "".join(filter(str.isdigit, name)) for name in source}
-            self._names = {int(number): name for name, number in digits.items() if number}
+            with _intact(self.path):
+                found = [re.fullmatch(r".*?([0-9]+)(\.\w+)?", str(name)) for name in source]
+            self._names = {int(match[1]): match[0] for match in found if match}
         return np.array(sorted(self._names), np.int64)
 
     def read(self, number: int) -> bytes:
         """Return one encoded picture; raises MediaError for an element that is empty."""
         source = self._open()
-        try:
-            found = source[self._names[number]][()] if self._names else source[number - 1]
-        except (OSError, RuntimeError) as error:
-            raise MediaError(f"{self.path}: {self.name(number)}: {error}. Fetch the pack again.") from None
+        with _intact(self.path):
+            found = _member(self.path, source, self._names[number])[()] if self._names else source[number - 1]
         data = found if isinstance(found, bytes) else np.asarray(found).tobytes()
         if not data:
             raise MediaError(f"{self.path}: {self.name(number)} is empty. Fetch the pack again.")
@@ -167,14 +176,11 @@ class PackedSound(_Packed):
         hz = self._hz(dataset)
         along = int(np.argmax(dataset.shape))
         for start in range(int(max(from_s, 0.0)) * hz, dataset.shape[along], hz):
-            part = slice(start, start + hz)
-            try:
-                values = dataset[(slice(None),) * along + (part,)]
-            except (OSError, RuntimeError) as error:
-                self.broken = str(error)
-                return
-            scale = np.iinfo(values.dtype).max + 1 if values.dtype.kind == "i" else 1
-            mono = values.astype(np.float32) / np.float32(scale)
+            with _intact(self.path):
+                values = dataset[(slice(None),) * along + (slice(start, start + hz),)]
+            mono = values.astype(np.float32)
+            if values.dtype.kind == "i":
+                mono /= np.float32(np.iinfo(values.dtype).max + 1)
             mono = mono if mono.ndim == 1 else mono.mean(axis=1 - along)
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(mono[None]), format="fltp", layout="mono")
             frame.sample_rate = hz
@@ -184,4 +190,5 @@ class PackedSound(_Packed):
         stated = self._given or next((dataset.attrs[name] for name in RATE_NAMES if name in dataset.attrs), None)
         if stated is None:
             raise MediaError(f"{self.path}: does not say its samples a second. Set audio_hz.")
-        return round(float(stated))
+        with _intact(self.path):
+            return round(float(stated))

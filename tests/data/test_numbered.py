@@ -1,6 +1,7 @@
 """Numbered frames and packs: the frame on display at any time, gaps that are named, and the same from every source."""
 
 import os
+import random
 from fractions import Fraction
 from pathlib import Path
 
@@ -206,6 +207,27 @@ def test_links_and_data_outside_the_pack_are_not_followed(tmp_path, pack):
             _ = film.has_pictures
     with open_frames(inside, 1.0) as film:
         assert film.has_pictures
+
+
+def test_damaged_packs_fail_their_clip_and_nothing_else(tmp_path, pack):
+    """Bytes changed and files cut at random: what can still be read is, and nothing but MediaError is raised."""
+    draw = random.Random(0)
+    path = pack(6, "group")
+    file, name = split_pack(path)
+    whole = file.read_bytes()
+    n_failed = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(draw.randint(1, 40)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        file.write_bytes(damaged[: draw.randrange(len(damaged))] if draw.random() < 0.2 else damaged)
+        try:
+            with open_frames(Path(f"{file}::{name}"), 10.0) as film:
+                for one in frames_at(film, [0.05, 0.45]):
+                    Converter().rgb(one.frame)
+        except MediaError:
+            n_failed += 1
+    assert n_failed > 10
 
 
 def test_pack_is_read_in_forked_processes_beside_the_parent(pack, number_in):
