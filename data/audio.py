@@ -26,6 +26,10 @@ PREROLL_S = 0.25
 # Time stamps jitter by less than this (WebM rounds to milliseconds); a larger step is a hole in the sound.
 HOLE_S = 0.1
 FLOOR = 1e-10
+# What recordings have; from a damaged header's 1 Hz, resampling would fill the memory.
+SLOWEST_HZ, FASTEST_HZ = 1_000, 1_000_000
+# Four hours at 16 kHz, in 1 GiB: what lasts longer has a damaged header, or is no clip.
+MOST_SAMPLES = 2**28
 # Full scale is 1, or 2^31 where somebody forgot to scale; what is louder still is damage.
 LOUDEST = 1e10
 # PyAV (seen in 18.1) counts a plane too many from eight on, and reading it ends the process.
@@ -90,6 +94,8 @@ def _columns(times: np.ndarray, data: DataConfig) -> np.ndarray:
 
 def read_samples(sound: Sound, wanted: tuple[int, int], span: tuple[float, float], rate: int) -> np.ndarray:
     """Decode samples wanted[0]..wanted[1] (numbered from the clock's zero) at `rate`, mono float32, about -1..1."""
+    if wanted[1] - wanted[0] > MOST_SAMPLES:
+        raise MediaError(f"{sound.path}: the clip lasts {span[1] - span[0]:.0f} s. Correct start_s and stop_s.")
     out = np.zeros(wanted[1] - wanted[0], np.float32)
     heard = np.zeros(len(out), bool)
     for start_s, frames in _runs(sound, wanted[0] / rate, wanted[1] / rate):
@@ -135,11 +141,16 @@ def _resampled(path: Path, frames: list["av.AudioFrame"], rate: int) -> np.ndarr
     kinds = {(frame.format.name, frame.layout.name, frame.sample_rate) for frame in frames}
     if len(kinds) > 1:
         raise MediaError(f"{path}: the sound changes its form midway ({sorted(kinds)}). Convert the file.")
+    if not SLOWEST_HZ <= first.sample_rate <= FASTEST_HZ:
+        raise MediaError(f"{path}: states {first.sample_rate} samples a second: damaged. Fetch the file again.")
     channels = first.layout.nb_channels
     # The layout stays: FFmpeg's own mixing to mono would make equal channels louder than one of them.
     resampler = av.AudioResampler(format="flt", layout=first.layout.name, rate=rate)
     given = [_joined(frames)] if channels < CRASHING_PLANES else frames
-    pieces = [piece.to_ndarray() for frame in (*given, None) for piece in resampler.resample(frame)]
+    try:
+        pieces = [piece.to_ndarray() for frame in (*given, None) for piece in resampler.resample(frame)]
+    except (av.error.FFmpegError, ValueError) as error:  # a layout that damage made up
+        raise MediaError(f"{path}: the sound cannot be resampled: {error}. Convert the file again.") from None
     packed = np.concatenate(pieces, axis=1) if pieces else np.zeros((1, 0), np.float32)
     return packed.reshape(-1, channels).mean(axis=1)  # [n]
 

@@ -171,7 +171,7 @@ class Media:
                     # Raw streams have no time stamps: there each packet follows the one before.
                     stamp = next((known for known in (packet.pts, packet.dts) if known is not None), end)
                     end = max(end, stamp + (packet.duration or usual))
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, IndexError) as error:  # IndexError: damage adds or removes a stream
             self.broken = _cause(error)
         if stamp is None:
             raise MediaError(f"{self.path}: not one packet can be read. Fetch it again.")
@@ -248,7 +248,7 @@ class Media:
                 time = max(time, due if stamp is None else stamp * tick - zero_s)
                 due = time + (frame.duration or 0) * tick
                 yield time, frame
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, IndexError) as error:  # IndexError: damage adds or removes a stream
             self.broken = _cause(error)
 
     def _seek(self, index: int, stamp_s: float) -> None:
@@ -264,5 +264,5 @@ class Media:
         self._used = True
 
 
-def _cause(error: OSError) -> str:
-    return error.strerror or str(error)
+def _cause(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

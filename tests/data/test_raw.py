@@ -6,6 +6,7 @@ import pytest
 from karmma.data.annotations import Clip
 from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig
+from karmma.data.media import Media
 from karmma.data.modality import ABSENT, FAILED, MODALITIES, PRESENT
 from karmma.data.raw import read_clip, read_clips
 from karmma.data.views import View, draw_view
@@ -256,3 +257,21 @@ def test_sound_does_not_depend_on_what_was_read_before(shared_data, name):
         alone = read_clip(one, view, ("audio",), DATA)["audio"]
         assert alone.state == found["audio"].state == PRESENT
         assert np.array_equal(alone.array, found["audio"].array)
+
+
+def test_absurd_sample_rate_or_length_fails_without_filling_the_memory(wav):
+    slow = read_clip(clip(wav("slow.wav", SOUND[:100], 1), 0.0, 50.0), CLEAN, ("audio",), DATA)["audio"]
+    assert "states 1 samples a second: damaged" in slow.reason
+    long = read_clip(clip(wav("a.wav", SOUND), 0.0, 9e7), CLEAN, ("audio",), DATA)["audio"]
+    assert "the clip lasts 90000000 s" in long.reason
+    assert long.state == slow.state == FAILED
+
+
+def test_stream_that_damage_adds_midway_fails_the_clip(film, monkeypatch):
+    """PyAV raises IndexError where a damaged transport stream announces one stream more than it has opened."""
+    path = film("a.mp4", TIMES)
+    monkeypatch.setattr(Media, "_seek", lambda self, index, stamp_s: [][index])
+    monkeypatch.setattr(Media, "_rewind", lambda self: [][0])
+    reading = read_clip(clip(path), CLEAN, ("video",), DATA)["video"]
+    assert reading.state == FAILED
+    assert "list index out of range" in reading.reason
