@@ -12,7 +12,6 @@ from .clips import BadRow
 from .config import DataConfig
 from .errors import MediaError
 from .media import located, matches
-from .numbered import NumberedFrames
 from .packs import split_pack
 from .raw import open_film
 
@@ -76,8 +75,6 @@ def _length(path: Path, fps: float | None) -> tuple[float, float] | str:
     """Return the seconds of a video and of one frame of it, or why it cannot be opened."""
     try:
         with open_film(path, fps) as film:
-            if isinstance(film, NumberedFrames):
-                return film.duration_s, 1 / film.fps
             return film.stated_s, film.frame_s
     except MediaError as error:
         return str(error)

@@ -95,7 +95,7 @@ class Media:
         try:
             container = av.open(str(self.path), metadata_errors="replace")
         except av.error.FFmpegError as error:
-            raise MediaError(f"{self.path}: not a media file: {_cause(error)}. Fetch it again.") from None
+            raise MediaError(f"{self.path}: not a media file: {cause(error)}. Fetch it again.") from None
         for stream in (*container.streams.video, *container.streams.audio):
             if stream.codec_context is not None:
                 # One thread: where a damaged file breaks off must not depend on the machine.
@@ -172,7 +172,7 @@ class Media:
                     stamp = next((known for known in (packet.pts, packet.dts) if known is not None), end)
                     end = max(end, stamp + (packet.duration or usual))
         except (av.error.FFmpegError, IndexError) as error:  # IndexError: damage adds or removes a stream
-            self.broken = _cause(error)
+            self.broken = cause(error)
         if stamp is None:
             raise MediaError(f"{self.path}: not one packet can be read. Fetch it again.")
         return float(end * stream.time_base)
@@ -249,7 +249,7 @@ class Media:
                 due = time + (frame.duration or 0) * tick
                 yield time, frame
         except (av.error.FFmpegError, IndexError) as error:  # IndexError: damage adds or removes a stream
-            self.broken = _cause(error)
+            self.broken = cause(error)
 
     def _seek(self, index: int, stamp_s: float) -> None:
         stream = self.container.streams[index]
@@ -264,5 +264,6 @@ class Media:
         self._used = True
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
+    """Return what an error of FFmpeg, or of the system, says."""
     return getattr(error, "strerror", None) or str(error)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from .errors import MediaError
-from .media import EPSILON_S, Frame
+from .media import EPSILON_S, Frame, cause
 
 if TYPE_CHECKING:
     import av
@@ -68,6 +68,11 @@ class NumberedFrames:
         return found
 
     @property
+    def frame_s(self) -> float:
+        """Seconds that a frame lasts."""
+        return 1 / self.fps
+
+    @property
     def has_pictures(self) -> bool:
         """Say yes; raises MediaError if there is none: a folder of frames that is empty is at fault."""
         if not len(self._pictures.numbers):
@@ -79,6 +84,11 @@ class NumberedFrames:
         """Seconds from the clock's zero to the end of the last frame."""
         n_frames = int(self._pictures.numbers[-1]) - self._first + 1 if self.has_pictures else 0
         return n_frames / self.fps
+
+    @property
+    def stated_s(self) -> float:
+        """The same: numbers are all that there is to believe."""
+        return self.duration_s
 
     @property
     def _first(self) -> int:
@@ -135,7 +145,7 @@ def decode_picture(data: bytes, name: str, decoders: dict[str, Any]) -> "av.Vide
         frames = decoders[kind].decode(av.Packet(data))
     except (av.error.FFmpegError, MemoryError) as error:
         del decoders[kind]
-        raise MediaError(f"{name} is damaged: {error.strerror or error}. Fetch it again.") from None
+        raise MediaError(f"{name} is damaged: {cause(error)}. Fetch it again.") from None
     if len(frames) != 1 or frames[0].is_corrupt:
         del decoders[kind]
         raise MediaError(f"{name} is damaged: {len(frames)} pictures in it. Fetch it again.")

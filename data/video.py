@@ -30,6 +30,14 @@ class Film(Protocol):
     def duration_s(self) -> float:
         """Seconds from the first frame to the end of the last."""
 
+    @property
+    def stated_s(self) -> float:
+        """The same, as quickly as it can be told."""
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds that a frame usually lasts; 0 where there is no telling."""
+
     def frames(self, from_s: float) -> Iterator[Frame]:
         """Yield frames in order of display, the first at or before `from_s` wherever there is one."""
 
