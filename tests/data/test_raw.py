@@ -1,6 +1,8 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from karmma.data.annotations import Clip
@@ -10,6 +12,8 @@ from karmma.data.media import Media
 from karmma.data.modality import ABSENT, FAILED, MODALITIES, PRESENT
 from karmma.data.raw import read_clip, read_clips
 from karmma.data.views import View, draw_view
+from safetensors.torch import save_file
+from torchvision.models.optical_flow import raft_small
 
 DATA = DataConfig(
     frames=4,
@@ -275,3 +279,27 @@ def test_stream_that_damage_adds_midway_fails_the_clip(film, monkeypatch):
     reading = read_clip(clip(path), CLEAN, ("video",), DATA)["video"]
     assert reading.state == FAILED
     assert "list index out of range" in reading.reason
+
+
+def test_sound_from_a_pack_is_that_of_the_wave(wav, film, tmp_path):
+    with h5py.File(tmp_path / "sound.h5", "w") as file:
+        file["v1"] = np.rint(SOUND * 32767).astype(np.int16)
+    path = film("a.mp4", TIMES)
+    packed = clip(path, audio=tmp_path / "sound.h5::v1")
+    found = read_clip(replace(packed, rates={"audio": 16_000}), CLEAN, ("video", "audio"), DATA)
+    expected = read_clip(clip(path, audio=wav("a.wav", SOUND)), CLEAN, ("audio",), DATA)["audio"]
+    assert states(found) == {"video": PRESENT, "audio": PRESENT}
+    assert np.abs(found["audio"].array - expected.array).max() < 1e-4
+    assert "Set audio_hz" in read_clip(packed, CLEAN, ("audio",), DATA)["audio"].reason
+
+
+@pytest.mark.parametrize("method", ["farneback", "raft_small"])
+def test_flow_of_a_clip_by_other_methods_has_the_same_form(film, tmp_path, method):
+    weights = None
+    if method == "raft_small":
+        weights = tmp_path / "raft.safetensors"
+        save_file(raft_small(weights=None).state_dict(), weights)
+    data = DATA.model_copy(update={"flow_method": method, "flow_weights": weights, "flow_size": 64})
+    reading = read_clip(clip(film("a.mp4", TIMES)), CLEAN, ("flow",), data)["flow"]
+    assert reading.state == PRESENT
+    assert (reading.array.shape, reading.array.dtype) == (data.input_shape("flow"), np.uint8)

@@ -3,6 +3,7 @@
 import csv
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 from karmma.data.annotations import Clip
@@ -67,6 +68,18 @@ def test_each_time_gets_the_flow_of_its_moment(flow):
     found = read_released(path, 10.0, times, WHOLE, DATA)
     assert found.shape == (4, 3, 32, 32)
     assert found[:, 0, 5, 5].tolist() == pytest.approx([101, 104, 110, 130], abs=1)
+
+
+def test_pack_of_u_and_v_gives_what_their_folders_give(flow, tmp_path):
+    path = flow(range(1, 31), range(1, 31))
+    with h5py.File(tmp_path / "flow.h5", "w") as file:
+        for name in ("u", "v"):
+            group = file.create_group(f"P01/P01_06/{name}")
+            for picture in sorted((path / name).iterdir()):
+                group[picture.stem] = np.frombuffer(picture.read_bytes(), np.uint8)
+    times = np.array([0.0, 0.34, 0.98, 2.95])
+    packed = read_released(tmp_path / "flow.h5::P01/P01_06", 10.0, times, MIRRORED, DATA)
+    assert (packed == read_released(path, 10.0, times, MIRRORED, DATA)).all()
 
 
 @pytest.mark.parametrize(
