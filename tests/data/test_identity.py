@@ -1,8 +1,10 @@
 """Identities: by content, and different in a field that has a name."""
 
+import pytest
 import torch
 from karmma.data.config import DataConfig, digest
 from karmma.data.identity import differences, input_identity, tensors_digest, token_identity
+from karmma.data.modality import LETTERS
 
 BACKBONE = {"name": "swin3d_b", "weights": "0123456789abcdef"}
 
@@ -49,3 +51,31 @@ def test_differences_name_the_fields_and_both_values():
     wanted = {"theta": 100, "input": {"frames": 32, "size": 112}}
     assert differences(found, wanted) == ["input.size is 224, asked for 112", "theta is 300, asked for 100"]
     assert differences(found, found) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ({"crop_box": (0, 0, 9, 9)}, "VFD"),
+        ({"color_jitter": 0.5}, "V"),
+        ({"audio_mask": 0.3}, "A"),
+        ({"flip": True}, "VFD"),
+        ({"view_seed": 3}, "VFAD"),
+        ({"frames": 16}, "VFAD"),
+        ({"flow_method": "farneback"}, "F"),
+        ({"flow_method": "released"}, "F"),
+        ({"flow_step_s": 0.1}, "F"),
+        ({"max_boxes": 3}, "D"),
+        ({"video_files": "a", "audio_files": "b", "detections_files": "c", "media": "/m", "table": "t.csv"}, ""),
+        ({"video_fps": 5, "flow_fps": 5, "audio_hz": 5, "prune": False, "holdout": "clips"}, ""),
+    ],
+)
+def test_identity_changes_with_what_a_model_sees_and_with_nothing_else(change, changed):
+    plain, other = DataConfig(), DataConfig(**change)
+    found = [letter for m, letter in LETTERS.items() if input_identity(m, plain) != input_identity(m, other)]
+    assert "".join(found) == changed
+
+
+def test_released_flow_does_not_depend_on_how_flow_would_be_computed():
+    one, two = (DataConfig(flow_method="released", flow_step_s=step) for step in (0.05, 0.1))
+    assert input_identity("flow", one) == input_identity("flow", two)
