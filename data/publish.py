@@ -1,7 +1,9 @@
 """Files that appear whole or not at all: written under a temporary name, synced, then renamed."""
 
+import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CacheError
+
+# Which machine's process numbers a temporary name holds; several machines may share the folder.
+MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextmanager
@@ -24,12 +29,35 @@ def _blaming(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _temporary(path: Path) -> Path:
+    """Return the name beside `path` under which this process writes: whose it is can be told from it."""
+    return path.with_name(f".{path.name}.{MACHINE}-{os.getpid()}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes of this machine that were killed left half written, anywhere in `folder`."""
+    for left in folder.rglob(f".*.{MACHINE}-*.tmp"):
+        pid = left.name.removesuffix(".tmp").rpartition("-")[2]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
 def publish(path: Path, data: bytes | memoryview) -> None:
     """Write `data` so that `path` never holds a part of it, even if the machine stops at any instant.
 
     Raises CacheError if the disk is full or read-only; the file that was there before is then untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with _blaming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -50,7 +78,7 @@ def publish_json(path: Path, value: Any) -> None:
 
 def publish_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a whole folder under a temporary name, then give it its own; an existing one is replaced."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with _blaming(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.parent.mkdir(parents=True, exist_ok=True)

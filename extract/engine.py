@@ -21,6 +21,7 @@ from ..data.identity import tensors_digest
 from ..data.media import Reading
 from ..data.modality import FAILED, PRESENT, STATE_NAMES, UNWRITTEN
 from ..data.progress import Task, watched
+from ..data.publish import sweep
 from ..data.readers import ReaderPool
 from ..data.stores import TokenStore
 from ..data.theta import theta_average
@@ -91,6 +92,7 @@ class Engine:
     def open_stores(self, identities: dict[str, dict[str, Any]]) -> None:
         """Create each store, or give it room for new clips and views, under the planner's lock."""
         with self.cache.planning():
+            sweep(self.cache.path)
             for modality, name in self.names.items():
                 path, backbone = self.cache.tokens_path(modality, name), self.backbones[modality]
                 kept = min(backbone.n_tokens, self.config.theta or backbone.n_tokens)

@@ -1,6 +1,8 @@
 """The extraction stage: nothing twice, rows appended, failures named, other settings beside the old ones."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from karmma.data.cache import Cache
 from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig, digest
 from karmma.data.errors import CacheError
+from karmma.data.publish import MACHINE
 from karmma.data.raw import read_clip
 from karmma.data.sample import write_sample
 from karmma.data.stores import TokenStore
@@ -258,3 +261,14 @@ def test_store_whose_identity_file_is_lost_is_found_and_made_good(table, data):
     (cache.receipts("audio", report.stores["audio"].stem) / "identity.json").unlink()
     extract(table, data)
     assert list(cache.identities("audio")) == [report.stores["audio"].stem]
+
+
+def test_what_a_killed_extraction_left_half_written_is_gone_after_the_next(table, data, tmp_path):
+    report = extract(table, data)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = report.stores["audio"] / "tokens/c/0/0/0" / f".0.{MACHINE}-{ended.pid}.tmp"
+    left.write_bytes(b"half a shard")
+    extract(tmp_path / "all.csv", data)
+    assert not left.exists()
+    assert not [path for path in data.cache.rglob("*.tmp")]
