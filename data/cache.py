@@ -1,6 +1,5 @@
 """The cache folder: its own row order, the stores it holds, and the receipts that say which shards exist."""
 
-import fcntl
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,27 +14,41 @@ import pyarrow.parquet as pq
 from .annotations import ClipTable
 from .config import digest
 from .errors import CacheError, IncompleteCacheError
-from .publish import publish, publish_json, read_json
-from .shards import shard_file
+from .leases import Leases
+from .modality import MODALITIES
+from .places import place, sizes
+from .publish import publish, publish_json, read_json, read_json_files
+from .shards import shard_file, state_file
+
+ROWS = "clips.parquet"
+# What a receipt has to say of its shard; one that does not is none.
+RECEIPT = {"bytes", "sha256", "state_sha256", "first_row", "rows", "counts", "failures"}
 
 
 class Cache:
-    """A cache folder (design.md section 4): `clips.parquet`, `tokens/`, `logits/`, `receipts/`."""
+    """A cache in a folder or an object store: `clips.parquet`, `tokens/`, `logits/`, `receipts/`, `leases/`."""
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self._rows_file = self.path / "clips.parquet"
+        self.path = place(path)
+        self._rows_file = self.path / ROWS
         self._read_rows()
 
     @classmethod
     def open(cls, path: Path | str) -> "Cache":
         """Open a cache that must be there already; raises CacheError if it is not."""
-        if not (Path(path) / "clips.parquet").exists():
+        if not (place(path) / ROWS).exists():
             raise CacheError(f"{path}: no cache here. Run karmma extract --cache {path} first.")
         return cls(path)
 
     def _read_rows(self) -> None:
-        held = pq.read_table(self._rows_file).to_pydict() if self._rows_file.exists() else {}
+        try:
+            held = pq.read_table(pa.BufferReader(self._rows_file.read_bytes())).to_pydict()
+        except FileNotFoundError:
+            held = {}
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CacheError(
+                f"{self._rows_file}: cannot be read: {error}. It names the cache's rows: restore it from a copy."
+            ) from None
         self.clip_ids: list[str] = held.get("clip_id", [])
         self.sources: list[str] = held.get("sources", [])
         self.labels: list[str] = held.get("labels", [])
@@ -46,17 +59,14 @@ class Cache:
         """Rows of the cache, clips that left the table included."""
         return len(self.clip_ids)
 
+    def leases(self) -> Leases:
+        """Return the leases of this process on shards of the cache; raises CacheError if it cannot be written."""
+        return Leases(self.path / "leases")
+
     @contextmanager
     def planning(self) -> Iterator[None]:
-        """Hold the lock under which rows are added and arrays are resized."""
-        folder = self.path / "leases"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / "planner.lock", "w")
-        except OSError as error:
-            raise CacheError(f"{folder}: {error.strerror}. Choose a folder that can be written.") from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        """Hold the one lease under which rows are added and arrays grow."""
+        with self.leases() as leases, leases.waiting_for("planner"):
             yield
 
     def add_clips(self, table: ClipTable) -> list[str]:
@@ -92,7 +102,7 @@ class Cache:
         sink = pa.BufferOutputStream()
         columns = {"clip_id": self.clip_ids, "sources": self.sources, "labels": self.labels}
         pq.write_table(pa.table(columns), sink)
-        publish(self._rows_file, sink.getvalue().to_pybytes())
+        publish(self._rows_file, sink.getvalue())
 
     def rows(self, clip_ids: Sequence[str]) -> np.ndarray:
         """Return the cache's row [n] of each clip; raises IncompleteCacheError naming clips it has never seen."""
@@ -127,51 +137,72 @@ class Cache:
         folder = self.path / "receipts" / "tokens" / modality
         return {file.parent.name: read_json(file) for file in sorted(folder.glob("*/identity.json"))}
 
+    def all_identities(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Return the identity of every token store, by (modality, digest)."""
+        return {(m, name): fields for m in MODALITIES for name, fields in self.identities(m).items()}
+
     def write_identity(self, modality: str, name: str, fields: dict[str, Any]) -> None:
         """Record what a store's digest stands for."""
         publish_json(self.receipts(modality, name) / "identity.json", fields)
 
+    def _receipt_file(self, modality: str, name: str, view: int, shard: int) -> Path:
+        return self.receipts(modality, name) / f"view{view}" / f"{shard}.json"
+
     def receipt(self, modality: str, name: str, view: int, shard: int) -> dict[str, Any] | None:
         """Return the receipt of one shard; None if there is none or the shard's file is not of the size it names."""
-        path = self.receipts(modality, name) / f"view{view}" / f"{shard}.json"
-        if not path.exists():
+        store = self.tokens_path(modality, name)
+        try:
+            found = read_json(self._receipt_file(modality, name, view, shard))
+            state_file(store / "state", shard, view).stat()
+            size = shard_file(store / "tokens", shard, view).stat().st_size
+        except FileNotFoundError:
             return None
-        found = read_json(path)
-        tokens = shard_file(self.tokens_path(modality, name) / "tokens", shard, view)
-        return found if tokens.exists() and tokens.stat().st_size == found["bytes"] else None
+        return found if found.keys() >= RECEIPT and size == found["bytes"] else None
 
     def write_receipt(self, modality: str, name: str, view: int, shard: int, receipt: dict[str, Any]) -> None:
         """Record that a shard is done; the last step of its making."""
-        publish_json(self.receipts(modality, name) / f"view{view}" / f"{shard}.json", receipt)
+        publish_json(self._receipt_file(modality, name, view, shard), receipt)
 
     def drop_receipt(self, modality: str, name: str, view: int, shard: int) -> None:
         """Declare that a shard does not exist; the first step of superseding it."""
-        (self.receipts(modality, name) / f"view{view}" / f"{shard}.json").unlink(missing_ok=True)
+        self._receipt_file(modality, name, view, shard).unlink(missing_ok=True)
 
-    def valid_receipts(self, modality: str, name: str, view: int) -> list[dict[str, Any]]:
-        """Return the receipts of all shards of a view that exist."""
-        files = (self.receipts(modality, name) / f"view{view}").glob("*.json")
-        found = (self.receipt(modality, name, view, int(file.stem)) for file in files)
-        return sorted((receipt for receipt in found if receipt), key=lambda receipt: receipt["first_row"])
+    def valid_receipts(self, modality: str, name: str, view: int) -> dict[int, dict[str, Any]]:
+        """Return shard -> receipt of all shards of a view that exist, in order."""
+        found = read_json_files(self.receipts(modality, name) / f"view{view}")
+        there = sizes(self.tokens_path(modality, name)) if found else {}
+        whole = {}
+        for shard, receipt in sorted({int(stem): receipt for stem, receipt in found.items()}.items()):
+            tokens, state = shard_file(Path("tokens"), shard, view), state_file(Path("state"), shard, view)
+            is_there = state.as_posix() in there and there.get(tokens.as_posix()) == receipt.get("bytes")
+            if is_there and receipt.keys() >= RECEIPT:
+                whole[shard] = receipt
+        return whole
+
+    def n_views(self, modality: str, name: str) -> int:
+        """Return in how many views a store has receipts."""
+        folders = self.receipts(modality, name).glob("view*")
+        return max((int(folder.name.removeprefix("view")) + 1 for folder in folders), default=0)
 
     def held(self, modality: str, name: str, view: int) -> np.ndarray:
         """Return for every row [N] the digest under which a view's shards hold it, '' where they do not."""
         out = np.full(self.n_clips, "", "<U8")
-        for receipt in self.valid_receipts(modality, name, view):
-            rows = receipt["rows"]
-            out[receipt["first_row"] : receipt["first_row"] + len(rows)] = rows
+        for receipt in self.valid_receipts(modality, name, view).values():
+            # Another process may have given the cache more rows since ours were read.
+            part = out[receipt["first_row"] : receipt["first_row"] + len(receipt["rows"])]
+            part[:] = receipt["rows"][: len(part)]
         return out
 
     def contents_digest(self, modality: str, name: str, n_views: int) -> str:
         """Return 16 hex digits over all tokens of a store, absent and failed clips included."""
-        views = [self.valid_receipts(modality, name, view) for view in range(n_views)]
+        views = [self.valid_receipts(modality, name, view).values() for view in range(n_views)]
         return digest([[[receipt["sha256"], receipt["counts"]] for receipt in receipts] for receipts in views])
 
     def failures(self, modality: str, name: str, clip_ids: Iterable[str]) -> dict[str, str]:
         """Return clip id -> reason of every one of these clips that failed in any view of a store."""
         out: dict[str, str] = {}
-        for folder in sorted(self.receipts(modality, name).glob("view*")):
-            for receipt in self.valid_receipts(modality, name, int(folder.name.removeprefix("view"))):
+        for view in range(self.n_views(modality, name)):
+            for receipt in self.valid_receipts(modality, name, view).values():
                 out |= {failure["clip_id"]: failure["reason"] for failure in receipt["failures"]}
         wanted = set(map(str, clip_ids))
         return {clip_id: reason for clip_id, reason in out.items() if clip_id in wanted}

@@ -1,19 +1,32 @@
-"""Files that appear whole or not at all: written under a temporary name, synced, then renamed."""
+"""Files that appear whole or not at all: written under a temporary name, synced, then renamed; or sent by one PUT."""
 
 import hashlib
 import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import CacheError
+from .places import is_local
 
-# Which machine's process numbers a temporary name holds; several machines may share the folder.
-MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+# Bytes, or anything that holds bytes, such as an Arrow buffer.
+Buffer = bytes | memoryview | Any
+
+
+def _machine() -> str:
+    """Return 8 hex digits for the machine, or the container in it, whose process numbers a name may hold."""
+    numbers = Path("/proc/self/ns/pid")
+    kind = os.stat(numbers).st_ino if numbers.exists() else 0
+    return hashlib.sha256(f"{platform.node()} {kind}".encode()).hexdigest()[:8]
+
+
+# Several machines may share the folder.
+MACHINE = _machine()
 
 
 @contextmanager
@@ -24,8 +37,9 @@ def _blaming(path: Path) -> Iterator[None]:
     except CacheError:
         raise
     except OSError as error:
+        why = error.strerror or error
         raise CacheError(
-            f"{path}: cannot be written: {error.strerror}. Free space there, or choose a folder that can be written."
+            f"{path}: cannot be written: {why}. Free space there, or choose a folder that can be written."
         ) from error
 
 
@@ -36,13 +50,16 @@ def _temporary(path: Path) -> Path:
 
 def sweep(folder: Path) -> None:
     """Remove what processes of this machine that were killed left half written, anywhere in `folder`."""
+    if not is_local(folder):  # a PUT leaves nothing behind
+        return
     for left in folder.rglob(f".*.{MACHINE}-*.tmp"):
         pid = left.name.removesuffix(".tmp").rpartition("-")[2]
-        if pid.isdecimal() and not _is_running(int(pid)):
+        if pid.isdecimal() and not is_running(int(pid)):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Say whether a process of this machine is there."""
     try:
         os.kill(pid, 0)  # signal 0 only asks
     except ProcessLookupError:
@@ -52,23 +69,58 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def publish(path: Path, data: bytes | memoryview) -> None:
+def publish(path: Path, data: Buffer) -> None:
     """Write `data` so that `path` never holds a part of it, even if the machine stops at any instant.
 
     Raises CacheError if the disk is full or read-only; the file that was there before is then untouched.
     """
-    temporary = _temporary(path)
     with _blaming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        if not is_local(path):
+            path.fs.pipe_file(path.path, bytes(data))
+            return
+        with _written(path, data) as temporary:
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
+
+
+def create(path: Path, data: bytes) -> bool:
+    """Write a file unless there is one, as one indivisible step; return whether it was written."""
+    with _blaming(path):
+        try:
+            if not is_local(path):
+                path.fs.pipe_file(path.path, data, mode="create")
+                return True
+            with _written(path, data) as temporary:
+                os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # A store refuses a PUT that may only create with HTTP 412, and one of two at once with 409.
+            if is_local(path) or not _is_refusal(error):
+                raise
+            return False
+        sync_folder(path.parent)
+        return True
+
+
+def _is_refusal(error: OSError) -> bool:
+    answer = getattr(error.__cause__, "response", {})
+    return answer.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412)
+
+
+@contextmanager
+def _written(path: Path, data: Buffer) -> Iterator[Path]:
+    """Write a synced file beside `path`; it is gone afterwards."""
+    temporary = _temporary(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def publish_json(path: Path, value: Any) -> None:
@@ -76,10 +128,16 @@ def publish_json(path: Path, value: Any) -> None:
     publish(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def publish_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a whole folder under a temporary name, then give it its own; an existing one is replaced."""
-    temporary = _temporary(path)
+def publish_folder(path: Path, fill: Callable[[Path], None], mark: str = "zarr.json") -> None:
+    """Let `fill` write a whole folder under a temporary name, then give it its own; an existing one is replaced.
+
+    In an object store, which knows no folders, the file `mark` is sent last: without it there is no store.
+    """
     with _blaming(path):
+        if not is_local(path):
+            _send_folder(path, fill, mark)
+            return
+        temporary = _temporary(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -95,6 +153,29 @@ def publish_folder(path: Path, fill: Callable[[Path], None]) -> None:
         sync_folder(path.parent)
 
 
+def _send_folder(path: Path, fill: Callable[[Path], None], mark: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        fill(Path(folder) / "store")
+        files = [file for file in (Path(folder) / "store").rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.relative_to(Path(folder) / "store") == Path(mark)):
+            publish(path / file.relative_to(Path(folder) / "store").as_posix(), file.read_bytes())
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there; what marks it as whole goes first."""
+    with _blaming(path):
+        if not is_local(path):
+            with suppress(FileNotFoundError):
+                path.fs.rm(path.path, recursive=True)
+            return
+        if path.is_dir():
+            doomed = _temporary(path)  # as one step: half a folder never bears the name
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -106,7 +187,20 @@ def sync_folder(folder: Path) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file of ours; raise CacheError if it is damaged, FileNotFoundError if it is not there."""
+    return _parsed(path, path.read_bytes())
+
+
+def _parsed(path: Path, text: bytes) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(text)
     except ValueError as error:
         raise CacheError(f"{path}: damaged, not JSON ({error}). Delete it and run the command that made it.") from None
+
+
+def read_json_files(folder: Path) -> dict[str, Any]:
+    """Return by stem the values of all .json files of a folder; none if there is no such folder."""
+    if is_local(folder):
+        return {file.stem: read_json(file) for file in folder.glob("*.json")}
+    files = [file for file in folder.fs.find(folder.path) if file.endswith(".json")]
+    texts = folder.fs.cat(files) if files else {}  # all at once: one answer may take as long as the other thousand
+    return {file.rpartition("/")[2].removesuffix(".json"): _parsed(folder, text) for file, text in texts.items()}

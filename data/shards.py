@@ -26,6 +26,11 @@ def shard_file(folder: Path, shard: int, view: int) -> Path:
     return folder / "c" / str(shard) / str(view) / "0" / "0"
 
 
+def state_file(folder: Path, shard: int, view: int) -> Path:
+    """Return the file of one shard and view of the state array in `folder`."""
+    return folder / "c" / str(shard) / str(view)
+
+
 def encode_shard(like: zarr.Array, rows: np.ndarray) -> bytes:
     """Return the bytes of one whole shard of the array `like`, as zarr itself encodes them.
 
@@ -50,6 +55,24 @@ def encode_shard(like: zarr.Array, rows: np.ndarray) -> bytes:
     # Every row holds the fill value: zarr would write no file, but a receipt needs one to stand for.
     index = np.full((like.shards[0], 2), MISSING, "<u8").tobytes()
     return index + crc32c(index).to_bytes(4, "little")
+
+
+def decode_shard(data: bytes, shape: tuple[int, int, int], where: str) -> np.ndarray:
+    """Return the rows [S, k, D] float16 of one whole shard of ours; NaN where a chunk was left out.
+
+    shape: (S, k, D).  Raises CacheError, which names `where`, if the bytes are damaged in form.
+    """
+    n, size = shape[0], int(np.prod(shape[1:])) * 2
+    index = data[len(data) - 16 * n - 4 :]
+    if len(index) != 16 * n + 4 or crc32c(index[:-4]) != int.from_bytes(index[-4:], "little"):
+        raise CacheError(f"{where}: the index of a shard fails the checksum. Run karmma cache verify.")
+    out = np.full(shape, np.nan, np.float16)
+    for row, (offset, length) in zip(out, np.frombuffer(index[:-4], "<u8").reshape(n, 2).tolist(), strict=True):
+        if offset != MISSING:
+            if length != size or offset + size > len(data):
+                raise CacheError(f"{where}: a chunk of a shard reaches beyond it. Run karmma cache verify.")
+            row[:] = np.frombuffer(data, "<f2", size // 2, offset).reshape(shape[1:])
+    return out
 
 
 class ShardFiles:

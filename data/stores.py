@@ -1,5 +1,6 @@
 """TokenStore and LogitStore: genuine Zarr v3 groups with an explicit state for every (clip, view)."""
 
+import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -8,31 +9,32 @@ import zarr
 
 from .errors import CacheError, IncompleteCacheError, KarmmaError
 from .modality import PRESENT, UNWRITTEN
+from .places import is_local, place, zarr_store
 from .publish import publish, publish_folder, read_json
-from .shards import ShardFiles, encode_shard, shard_file
+from .shards import ShardFiles, decode_shard, encode_shard, shard_file, state_file
 
 
-def _opened(path: Path, mode: str = "r") -> zarr.Group:
+def _opened(path: Path) -> zarr.Group:
     if not (path / "zarr.json").exists():
         raise CacheError(f"{path}: no such store. Run the command that makes it, or name another.")
-    return zarr.open_group(str(path), mode=mode, use_consolidated=False)
+    return zarr.open_group(**zarr_store(path), mode="r", use_consolidated=False)
 
 
 class TokenStore:
     """The tokens of one modality under one identity: `tokens` [N, V, k, D] float16 and `state` [N, V] uint8."""
 
-    def __init__(self, path: Path, mode: str = "r") -> None:
-        self.path, self.group = path, _opened(path, mode)
+    def __init__(self, path: Path) -> None:
+        self.path, self.group = path, _opened(path)
         self.tokens, self.states = self.group["tokens"], self.group["state"]
         self.n_clips, self.n_views, self.k, self.width = self.tokens.shape
         self.shard_rows = (self.tokens.shards or self.tokens.chunks)[0]
-        plain = ShardFiles.understands(read_json(path / "tokens" / "zarr.json"))
+        plain = is_local(path) and ShardFiles.understands(read_json(path / "tokens" / "zarr.json"))
         self._files = ShardFiles(path / "tokens") if plain else None
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
         """Open an existing store for reading; raises CacheError if there is none."""
-        return cls(Path(path))
+        return cls(place(path))
 
     @classmethod
     def create(cls, path: Path, shape: tuple[int, int, int, int], shard_rows: int, attributes: dict[str, Any]) -> Self:
@@ -67,26 +69,45 @@ class TokenStore:
 
     def grown(self, n_clips: int, n_views: int) -> Self:
         """Return the store with room for at least so many clips and views; no row is touched."""
-        shape = (max(n_clips, self.n_clips), max(n_views, self.n_views))
-        if shape == (self.n_clips, self.n_views):
+        shape = [max(n_clips, self.n_clips), max(n_views, self.n_views)]
+        if shape == [self.n_clips, self.n_views]:
             return self
-        store = type(self)(self.path, mode="r+")
-        store.states.resize(shape)
-        store.tokens.resize((*shape, self.k, self.width))
+        # The tokens first: a state always has its tokens.  As zarr writes it, but published.
+        for name in ("tokens", "state"):
+            meta = read_json(self.path / name / "zarr.json")
+            meta["shape"][:2] = shape
+            publish(self.path / name / "zarr.json", json.dumps(meta, indent=zarr.config.get("json_indent")).encode())
         return type(self)(self.path)
 
-    def write_shard(self, shard: int, view: int, tokens: np.ndarray, state: np.ndarray) -> tuple[Path, bytes]:
+    def write_shard(self, shard: int, view: int, tokens: np.ndarray, state: np.ndarray) -> tuple[bytes, bytes]:
         """Publish one whole shard: tokens [n, k, D] float16, state [n] uint8, n at most `shard_rows`.
 
-        Returns the token file and its bytes, for the receipt.  Nothing is readable in part at any instant.
+        Returns the bytes of both files, for the receipt.  Neither is readable in part at any instant.
         """
         data = encode_shard(self.tokens, tokens[:, None])
-        path = shard_file(self.path / "tokens", shard, view)
-        publish(path, data)
+        publish(shard_file(self.path / "tokens", shard, view), data)
         padded = np.full(self.shard_rows, UNWRITTEN, np.uint8)
         padded[: len(state)] = state
-        publish(self.path / "state" / "c" / str(shard) / str(view), padded.tobytes())
-        return path, data
+        publish(state_file(self.path / "state", shard, view), padded.tobytes())
+        return data, padded.tobytes()
+
+    def read_shard(self, shard: int, view: int) -> tuple[bytes, bytes]:
+        """Return the bytes of a shard's two files, tokens and state; raises CacheError if one is missing."""
+        files = shard_file(self.path / "tokens", shard, view), state_file(self.path / "state", shard, view)
+        try:
+            return files[0].read_bytes(), files[1].read_bytes()
+        except FileNotFoundError as error:
+            raise CacheError(f"{error.filename or files[0]}: is missing. Extract again.") from None
+
+    def decoded(self, data: bytes, state: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens [shard_rows, k, D] float16 and state [shard_rows] of the bytes of a shard.
+
+        Raises CacheError if they are cut short or the index fails its checksum.
+        """
+        rows = decode_shard(data, (self.shard_rows, self.k, self.width), str(self.path))
+        if len(state) != self.shard_rows:
+            raise CacheError(f"{self.path}: a state of {len(state)} bytes, expected {self.shard_rows}. Extract again.")
+        return rows, np.frombuffer(state, np.uint8)
 
     def state(self, rows: np.ndarray, view: int) -> np.ndarray:
         """Return the state [n] of rows: 0 unwritten, 1 present, 2 absent, 3 failed."""
@@ -111,8 +132,8 @@ class TokenStore:
         if self._files is not None:
             self._files.read_into(rows, view, out)
             return out
-        for place, row in enumerate(rows):
-            out[place] = self.tokens[int(row), view]
+        for at, row in enumerate(rows):
+            out[at] = self.tokens[int(row), view]
         return out
 
     def require_written(self, rows: np.ndarray, view: int) -> None:
@@ -144,7 +165,7 @@ class LogitStore:
     @classmethod
     def open(cls, path: Path | str) -> Self:
         """Open an existing store and hold it in memory (106 MB a view for EPIC-KITCHENS-100)."""
-        return cls(Path(path))
+        return cls(place(path))
 
     @classmethod
     def write(

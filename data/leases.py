@@ -1,0 +1,139 @@
+"""Leases: who is making which shard, so that no two processes of any machine make the same one.
+
+A lease is a file that only one can create, with a number that its owner raises by and by.  Whoever wants the shard
+watches the number on a clock of his own, since clocks of two machines need not agree, and one that has stood still
+for `LEASE_S` belongs to a dead owner; an owner of the same machine is dead as soon as its process is.  Taking over
+creates the next generation of the lease, again as only one can; its owner, if alive after all, finds out.
+
+A lease saves work and is no lock: what it guards is published whole, and is the same bytes whoever makes it.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+from uuid import uuid4
+
+from .errors import CacheError
+from .places import is_local
+from .publish import MACHINE, create, is_running, publish
+
+BEAT_S = 10.0
+LEASE_S = 60.0
+POLL_S = 0.2
+
+
+class Leases:
+    """The leases of one process in one folder; used in a `with` block, which gives back what is still held."""
+
+    def __init__(self, folder: Path, beat_s: float = BEAT_S, lease_s: float = LEASE_S) -> None:
+        self.folder, self.beat_s, self.lease_s = folder, beat_s, lease_s
+        self._owner = uuid4().hex
+        self._held: dict[str, Path] = {}
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._heart: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        if self._heart is not None:
+            self._heart.join()
+        for name in list(self._held):
+            self.give_back(name)
+
+    def take(self, name: str) -> bool:
+        """Take a lease; False if another owner who seems to be alive has it.
+
+        name: any path below the folder.  Raises CacheError if the folder cannot be written.
+        """
+        generations = self._generations(name)
+        if generations and not self._is_dead(name, generations[-1]):
+            return False
+        number = 1 + (int(generations[-1].suffix[1:]) if generations else -1)
+        mine = self.folder / f"{name}.{number}"
+        if not create(mine, self._text(0)):
+            return False
+        for dead in generations:
+            dead.unlink(missing_ok=True)
+        with self._lock:
+            self._held[name] = mine
+            if self._heart is None:
+                self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
+                self._heart.start()
+        return True
+
+    def is_held(self, name: str) -> bool:
+        """Say whether this process still has a lease that it took: nobody has taken it for dead meanwhile."""
+        mine = self._held.get(name)
+        generations = self._generations(name) if mine else []
+        return bool(generations) and generations[-1].name == mine.name and self._is_mine(mine)
+
+    def give_back(self, name: str) -> None:
+        """Let others have a lease."""
+        with self._lock:
+            mine = self._held.pop(name, None)
+            if mine is not None and self._is_mine(mine):
+                mine.unlink(missing_ok=True)
+
+    @contextmanager
+    def waiting_for(self, name: str) -> Iterator[None]:
+        """Hold a lease for the length of a block, once everyone before has given it back."""
+        while not self.take(name):
+            time.sleep(POLL_S)
+        try:
+            yield
+        finally:
+            self.give_back(name)
+
+    def _generations(self, name: str) -> list[Path]:
+        """Return the files of a lease, the one that counts last."""
+        path = self.folder / name
+        try:
+            files = [file for file in path.parent.iterdir() if file.name.rpartition(".")[0] == path.name]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CacheError(f"{path.parent}: {error.strerror or error}. Choose a folder that can be read.") from error
+        numbered = [file for file in files if file.suffix[1:].isdecimal()]
+        return sorted(numbered, key=lambda file: int(file.suffix[1:]))
+
+    def _is_dead(self, name: str, file: Path) -> bool:
+        """Say whether a lease's owner has died: its process is gone, or its number has stood still for too long."""
+        try:
+            text = file.read_bytes()
+        except FileNotFoundError:  # given back just now
+            return False
+        about = json.loads(text) if text.endswith(b"}") else {}
+        if about.get("machine") == MACHINE and is_local(file) and not is_running(about["pid"]):
+            return True
+        seen, since = self._seen.get(name, (b"", 0.0))
+        if seen != text:
+            self._seen[name] = text, time.monotonic()
+            return False
+        return time.monotonic() - since > self.lease_s
+
+    def _is_mine(self, file: Path) -> bool:
+        with suppress(FileNotFoundError, ValueError):
+            return json.loads(file.read_bytes()).get("owner") == self._owner
+        return False
+
+    def _text(self, beat: int) -> bytes:
+        return json.dumps({"owner": self._owner, "machine": MACHINE, "pid": os.getpid(), "beat": beat}).encode()
+
+    def _beat(self) -> None:
+        """Raise the number of every lease held, for as long as there are any."""
+        beat = 0
+        while not self._closing.wait(self.beat_s):
+            beat += 1
+            for name, mine in list(self._held.items()):
+                with self._lock:
+                    if name in self._held and self._is_mine(mine):
+                        with suppress(CacheError):  # a full disk: if it lasts, publishing says so
+                            publish(mine, self._text(beat))
