@@ -45,10 +45,13 @@ class Cache:
             held = pq.read_table(pa.BufferReader(self._rows_file.read_bytes())).to_pydict()
         except FileNotFoundError:
             held = {}
-        except (pa.ArrowInvalid, OSError) as error:
+        except pa.ArrowInvalid as error:
             raise CacheError(
-                f"{self._rows_file}: cannot be read: {error}. It names the cache's rows: restore it from a copy."
+                f"{self._rows_file}: damaged: {error}. It names the cache's rows: restore it from a copy."
             ) from None
+        except OSError as error:
+            why = error.strerror or error
+            raise CacheError(f"{self._rows_file}: {why}. Choose a folder that can be read and written.") from None
         self.clip_ids: list[str] = held.get("clip_id", [])
         self.sources: list[str] = held.get("sources", [])
         self.labels: list[str] = held.get("labels", [])
@@ -74,29 +77,40 @@ class Cache:
 
         A clip whose source or times changed keeps its row; its shards are then found stale by their receipts.
         """
-        labels = table.snapshot()
-        with self.planning():
+        return self.add_rows(
+            table.clip_ids.tolist(), [json.dumps(sources) for sources in table.slice_sources()], table.snapshot()
+        )
+
+    def add_rows(self, clip_ids: list[str], sources: list[str], labels: list[str]) -> list[str]:
+        """Do as `add_clips` for clips given as what the cache remembers of them."""
+        said = self._taken(clip_ids, sources, labels)
+        if said is None:
+            return []
+        with self.planning():  # and what others have added since is kept
             self._read_rows()
-            said, changed = [], False
-            for sources, label in zip(table.slice_sources(), labels, strict=True):
-                clip_id, source = sources[0], json.dumps(sources)
-                row = self._row_of.get(clip_id)
-                if row is None:
-                    self._row_of[clip_id] = len(self.clip_ids)
-                    self.clip_ids.append(clip_id)
-                    self.sources.append(source)
-                    self.labels.append(label)
-                    changed = True
-                    continue
-                if self.sources[row] != source:
-                    said.append(f"{clip_id}: source or times changed; it is extracted again")
-                if self.labels[row] != label:
-                    said.append(f"{clip_id}: labels were {self.labels[row]}, are {label}")
-                changed |= self.sources[row] != source or self.labels[row] != label
-                self.sources[row], self.labels[row] = source, label
-            if changed:
+            said = self._taken(clip_ids, sources, labels)
+            if said is not None:
                 self._write_rows()
-        return said
+        return said or []
+
+    def _taken(self, clip_ids: list[str], sources: list[str], labels: list[str]) -> list[str] | None:
+        """Take over rows; return what is to be said of clips that were there, None if all were, just so."""
+        said, changed = [], False
+        for clip_id, source, label in zip(clip_ids, sources, labels, strict=True):
+            row = self._row_of.get(clip_id)
+            if row is None:
+                self._row_of[clip_id] = len(self.clip_ids)
+                self.clip_ids.append(clip_id)
+                self.sources.append(source)
+                self.labels.append(label)
+                changed = True
+                continue
+            if self.sources[row] != source:
+                said.append(f"{clip_id}: source or times changed; it is extracted again")
+            if self.labels[row] != label:
+                said.append(f"{clip_id}: labels were {self.labels[row]}, are {label}")
+            self.sources[row], self.labels[row] = source, label
+        return said if said or changed else None
 
     def _write_rows(self) -> None:
         sink = pa.BufferOutputStream()

@@ -1,8 +1,11 @@
 """Which device a model runs on, decided once and passed on explicitly."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from .errors import ConfigError
+from .errors import ConfigError, MemoryShortError
 
 
 def choose_device(name: str) -> torch.device:
@@ -18,3 +21,17 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(f"device = {name!r}: {reason}. Use auto or cpu.") from None
     return torch.device(name)
+
+
+@contextmanager
+def enough_memory(what: str, advice: str) -> Iterator[None]:
+    """Turn running out of memory, of the machine or of a GPU, into a MemoryShortError that ends in `advice`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # The CPU's allocator raises a plain RuntimeError, which only its text tells from others.
+        is_short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not is_short and "not enough memory" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".") or "allocation failed"
+        raise MemoryShortError(f"Out of memory for {what}: {reason}. {advice}") from None

@@ -73,6 +73,26 @@ class ShardDraft:
         self.cache.write_receipt(*key, receipt)
 
 
+def open_store(
+    cache: Cache, modality: str, name: str, identity: Mapping[str, Any], shape: tuple[int, int, int, int], shard_rows: int
+) -> TokenStore:
+    """Return the token store of an identity, made if it is new, with room for the clips and views of `shape`.
+
+    shape: (N, V, k, D).  A store that is there keeps its k, D and clips a shard.  Nothing is written to one that has
+    room, so that a complete cache may be read-only.
+    """
+    path = cache.tokens_path(modality, name)
+    is_known = name in cache.identities(modality) and (path / "zarr.json").exists()
+    if is_known and (store := TokenStore.open(path)).has_room(*shape[:2]):
+        return store
+    with cache.planning():
+        if name not in cache.identities(modality):
+            cache.write_identity(modality, name, identity)
+        if not (path / "zarr.json").exists():
+            TokenStore.create(path, shape, shard_rows, {"identity": identity})
+        return TokenStore.open(path).grown(*shape[:2])
+
+
 def sound_shard(
     store: TokenStore, view: int, shard: int, receipt: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:

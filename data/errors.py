@@ -36,6 +36,14 @@ class IncompleteCacheError(CacheError, LookupError):
     """A cache with rows that were never written, or that failed."""
 
 
+class MemoryShortError(KarmmaError, MemoryError):
+    """More memory was needed than the machine or the GPU has."""
+
+
+class ClusterError(KarmmaError, ConnectionError):
+    """A Dask cluster that cannot be reached, or was lost."""
+
+
 class RunError(KarmmaError):
     """A run folder that is missing, unfinished or made for something else."""
 

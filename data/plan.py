@@ -1,12 +1,13 @@
 """Which shards are to be made: the rows that a clip table asks for, held against the receipts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from .annotations import ClipTable
+from .annotations import Clip, ClipTable
 from .cache import Cache
 
 
@@ -57,6 +58,17 @@ def _filled(digests: Sequence[str], n: int) -> list[str]:
     return [*digests, *[""] * (n - len(digests))]
 
 
+@dataclass(frozen=True)
+class Order:
+    """One shard and view, to be made in one or more modalities that share one reading of each clip.
+
+    clips: of each place in the shard, None where the table does not have it.
+    """
+
+    tasks: tuple[ShardTask, ...]
+    clips: tuple[Clip | None, ...]
+
+
 def plan_shards(
     cache: Cache, table: ClipTable, modality: str, name: str, *, n_views: int, shard_rows: int, retry: bool = False
 ) -> dict[ShardTask, int]:
@@ -77,3 +89,19 @@ def plan_shards(
             if n_due:
                 tasks[task] = n_due
     return tasks
+
+
+def plan_orders(cache: Cache, table: ClipTable, tasks: Iterable[ShardTask]) -> list[Order]:
+    """Put tasks of one shard and view together, with the clips of their rows."""
+    row_of = {clip_id: row for row, clip_id in enumerate(table.clip_ids.tolist())}
+    orders = []
+    for _, group in groupby(sorted(tasks, key=_place), key=_place):
+        together = tuple(group)
+        first, n = together[0].first_row, len(together[0].asked)
+        rows = [row_of.get(clip_id) for clip_id in cache.clip_ids[first : first + n]]
+        orders.append(Order(together, tuple(None if row is None else table.clip(row) for row in rows)))
+    return orders
+
+
+def _place(task: ShardTask) -> tuple[int, int]:
+    return task.shard, task.view

@@ -67,11 +67,15 @@ class TokenStore:
         publish_folder(path, fill)
         return cls(path)
 
+    def has_room(self, n_clips: int, n_views: int) -> bool:
+        """Say whether the arrays are large enough for so many clips and views."""
+        return n_clips <= self.n_clips and n_views <= self.n_views
+
     def grown(self, n_clips: int, n_views: int) -> Self:
         """Return the store with room for at least so many clips and views; no row is touched."""
-        shape = [max(n_clips, self.n_clips), max(n_views, self.n_views)]
-        if shape == [self.n_clips, self.n_views]:
+        if self.has_room(n_clips, n_views):
             return self
+        shape = [max(n_clips, self.n_clips), max(n_views, self.n_views)]
         # The tokens first: a state always has its tokens.  As zarr writes it, but published.
         for name in ("tokens", "state"):
             meta = read_json(self.path / name / "zarr.json")

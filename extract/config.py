@@ -2,12 +2,22 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from ..data.config import StageConfig, ours, paper
 
+
+
+def _fitting(text: str) -> str:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise ValueError("expected i/n with 1 <= i <= n, such as 2/4")
+    return text
+
+
 # TOML and the command line have no None, so they say "none".
 Theta = Annotated[int | None, BeforeValidator(lambda value: None if value == "none" else value)]
+Part = Annotated[str, AfterValidator(_fitting)]
 
 
 class BackboneConfig(StageConfig):
@@ -39,9 +49,14 @@ class ExtractConfig(StageConfig):
     views: int = ours(1, "views of a training clip; val and test clips get the clean one", "the clean view", ge=1)
     batch_size: int = ours(8, "clips a forward pass", "fits a 16 GB card with Swin-B", ge=1)
     shard_rows: int = ours(128, "clips a shard", "79 MB shards at 300 x 1024 float16", ge=1)
-    precision: Literal["float32"] = ours("float32", "arithmetic of the backbones", "exact before fast")
+    precision: Literal["float32", "bfloat16"] = ours(
+        "float32", "arithmetic of the backbones; bfloat16 is faster and checked against float32", "exact before fast"
+    )
     device: str = ours("auto", "torch device; auto takes CUDA where there is one", "convenience")
     threads: int = ours(0, "torch threads; 0 leaves torch's own choice", "torch knows the cores", ge=0)
     seed: int = ours(0, "seed of backbones with weights 'none'", "any number will do")
     readers: int = ours(2, "processes that read clips", "two cores", ge=1)
+    part: Part = ours("1/1", "i/n: make every n-th shard only, for machines without a shared disk", "all of it")
+    workers: int = ours(1, "processes that compute; more than one are a Dask cluster of this machine", "one", ge=1)
+    scheduler: str | None = ours(None, "address of a Dask scheduler whose workers compute, tcp://...", "this machine")
     retry_failed: bool = ours(False, "try clips again that failed before", "failures are mostly in the file")

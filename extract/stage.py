@@ -3,6 +3,7 @@
 Nothing here imports torch or timm: a cache that is complete is found to be so in well under a second.
 """
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,22 +14,33 @@ import numpy as np
 from ..data.annotations import ClipTable
 from ..data.cache import Cache
 from ..data.config import DataConfig, digest
+from ..data.drafts import open_store
+from ..data.errors import CacheError
 from ..data.identity import token_identity
 from ..data.modality import STATE_NAMES
+from ..data.plan import ShardTask, plan_orders, plan_shards
+from ..data.progress import watched
+from ..data.publish import sweep
 from ..data.stores import TokenStore
 from .config import ExtractConfig
-from .plan import ShardTask, plan_shards
 from .weights import backbone_request, recorded_backbone
+
+# Seconds until shards that another process is making are looked at again.
+LOOK_AGAIN_S = 2.0
 
 
 @dataclass
 class ExtractReport:
-    """What an extraction found and did, by modality; all counts are of (clip, view) pairs."""
+    """What an extraction found and did, by modality; all counts are of (clip, view) pairs.
+
+    agreement: the least and mean cosine of sampled bfloat16 tokens to float32; empty for float32.
+    """
 
     cache: Path
     stores: dict[str, Path] = field(default_factory=dict)
     counts: dict[str, Counter] = field(default_factory=dict)
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
+    agreement: dict[str, dict[str, float]] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     n_written: int = 0
 
@@ -42,42 +54,80 @@ def extract_tokens(table: ClipTable, data: DataConfig, config: ExtractConfig) ->
     """Make the cache hold the tokens of every clip of the table, for each of data.modalities.
 
     Recomputes nothing that has a receipt.  Returns what is there now; failed clips are counted in it, not raised.
+    Raises CacheError if the cache cannot be written or a shard that would be extended is damaged.
     """
     cache = Cache(data.cache)
     report = ExtractReport(cache.path, changes=cache.add_clips(table))
-    identities = {m: _identity(cache, m, data, config) for m in data.modalities}
-    if any(fields is None for fields in identities.values()):
-        # Only building a backbone tells the digest of its weights, the first time they are met.
-        from .engine import record_backbones
-
-        record_backbones(cache, [m for m, fields in identities.items() if fields is None], data, config)
-        identities = {m: _identity(cache, m, data, config) for m in data.modalities}
-    tasks = [task for m, fields in identities.items() for task in _tasks(cache, table, m, fields, config)]
+    stores = open_stores(cache, data, config)
+    tasks = {}
+    for modality, store in stores.items():
+        plan = {"n_views": config.views, "shard_rows": config.shard_rows, "retry": config.retry_failed}
+        tasks |= plan_shards(cache, table, modality, store.path.stem, **plan)
+    tasks = {task: n for task, n in tasks.items() if _is_ours(task, config.part)}
     if tasks:
-        from .engine import run_tasks
-
-        run_tasks(cache, table, tasks, identities, data, config)
-    for modality, fields in identities.items():
-        name = digest(fields)
-        if name not in cache.identities(modality):  # a store that was made just before the power went
-            cache.write_identity(modality, name, fields)
-        report.stores[modality] = cache.tokens_path(modality, name)
-        report.counts[modality] = _counted(cache, table, report.stores[modality], config.views)
+        _make(cache, table, tasks, data, config)
+    for modality, store in stores.items():
+        name = store.path.stem
+        report.stores[modality] = store.path
+        report.counts[modality] = _counted(cache, table, store.path, config.views)
         report.failures[modality] = cache.failures(modality, name, table.clip_ids)
-    report.n_written = sum(task.n_due for task in tasks)
+        report.agreement |= _agreement(cache, modality, name)
+    report.n_written = sum(tasks.values())
     return report
 
 
-def _identity(cache: Cache, modality: str, data: DataConfig, config: ExtractConfig) -> dict[str, Any] | None:
-    backbone = recorded_backbone(cache, backbone_request(modality, data, config))
-    return backbone and token_identity(modality, data, backbone, config.theta, config.precision)
+def open_stores(cache: Cache, data: DataConfig, config: ExtractConfig) -> dict[str, TokenStore]:
+    """Return the token store of each modality, made if it is new, with room for every clip and view of the cache.
+
+    Raises CacheError if one is there with another number of clips a shard.
+    """
+    records = {m: recorded_backbone(cache, backbone_request(m, data, config)) for m in data.modalities}
+    if None in records.values():
+        # Only building a backbone tells the digest of its weights, the first time they are met.
+        from .frozen import record_backbones
+
+        records |= record_backbones(cache, [m for m, record in records.items() if record is None], data, config)
+    stores = {}
+    for modality, record in records.items():
+        identity = token_identity(modality, data, record["backbone"], config.theta, config.precision)
+        stores[modality] = _opened(cache, modality, identity, record["shape"], config)
+    return stores
 
 
-def _tasks(
-    cache: Cache, table: ClipTable, modality: str, fields: dict[str, Any], config: ExtractConfig
-) -> list[ShardTask]:
-    plan = {"n_views": config.views, "shard_rows": config.shard_rows, "retry_failed": config.retry_failed}
-    return plan_shards(cache, table, modality, digest(fields), **plan)
+def _opened(
+    cache: Cache, modality: str, identity: dict[str, Any], shape: tuple[int, int], config: ExtractConfig
+) -> TokenStore:
+    name, (n_tokens, width) = digest(identity), shape
+    whole = (cache.n_clips, config.views, min(n_tokens, config.theta or n_tokens), width)
+    store = open_store(cache, modality, name, identity, whole, config.shard_rows)
+    if store.shard_rows != config.shard_rows:
+        raise CacheError(
+            f"{store.path}: has {store.shard_rows} clips a shard, asked for {config.shard_rows}. Leave --shard-rows as it was."
+        )
+    return store
+
+
+def _is_ours(task: ShardTask, part: str) -> bool:
+    i, n = map(int, part.split("/"))
+    return (task.shard + task.view) % n == i - 1
+
+
+def _make(
+    cache: Cache, table: ClipTable, tasks: dict[ShardTask, int], data: DataConfig, config: ExtractConfig
+) -> None:
+    """Have all tasks made, here or on a cluster; what other processes are making is waited for."""
+    names = {task.modality: task.name for task in tasks}
+    orders = plan_orders(cache, table, tasks)
+    sweep(cache.path)
+    with watched("extract", sum(tasks.values()), "clips") as progress:
+        if config.scheduler or config.workers > 1:
+            from .cluster import Cluster as Maker
+        else:
+            from .engine import Engine as Maker
+        with Maker(data, config, names) as maker:
+            while orders := maker.make(orders, progress.advance):
+                progress.advance(0, f"{len(orders)} shards are being made by another process")
+                time.sleep(LOOK_AGAIN_S)
 
 
 def _counted(cache: Cache, table: ClipTable, path: Path, n_views: int) -> Counter:
@@ -85,3 +135,14 @@ def _counted(cache: Cache, table: ClipTable, path: Path, n_views: int) -> Counte
     store, rows = TokenStore.open(path), cache.rows(table.clip_ids)
     states = np.concatenate([store.state(rows, view) for view in range(n_views)])
     return Counter({name: int((states == state).sum()) for state, name in STATE_NAMES.items()})
+
+
+def _agreement(cache: Cache, modality: str, name: str) -> dict[str, dict[str, float]]:
+    """Return what receipts say of bfloat16 held against float32, if anything."""
+    views = range(cache.n_views(modality, name))
+    receipts = [receipt for view in views for receipt in cache.valid_receipts(modality, name, view).values()]
+    found = [receipt["float32_check"] for receipt in receipts if receipt.get("float32_check")]
+    if not found:
+        return {}
+    least, mean = min(check["least"] for check in found), min(check["mean"] for check in found)
+    return {modality: {"least": least, "mean": mean}}

@@ -24,7 +24,7 @@ def karmma(folder: Path, *args: str) -> subprocess.CompletedProcess:
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
     """Return size and time of change of every file below a folder."""
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != "planner.lock"]
+    found = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
 
 

@@ -1,0 +1,121 @@
+"""The same shard tasks on a Dask cluster, of this machine or of many: only orders and receipts travel.
+
+A worker is a process with one thread; it builds the backbones once and keeps them, its readers and its leases for as
+long as it lives.  What was done is known from the receipts in the cache, so any other cluster can go on.
+"""
+
+import atexit
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+from ..data.config import DataConfig
+from ..data.errors import ClusterError, InstallationError
+from ..data.places import is_address
+from ..data.plan import Order
+from .config import ExtractConfig
+from .engine import Engine
+
+# Times that a shard is tried whose worker was lost.
+RETRIES = 3
+
+
+class Cluster:
+    """A Dask scheduler and its workers; used in a `with` block like an Engine, and makes the same shards."""
+
+    def __init__(self, data: DataConfig, config: ExtractConfig, names: dict[str, str]) -> None:
+        """Name what is to be made; raises InstallationError if dask.distributed is not installed."""
+        try:
+            import distributed
+        except ImportError as error:
+            raise InstallationError(f"{error}. Install it: pip install 'karmma[cluster]'.") from None
+        self.distributed, self.config = distributed, config
+        # Workers have a folder of their own.
+        self.work = (_rooted(data).model_dump_json(), _rooted(config).model_dump_json(), tuple(names.items()))
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        import dask
+
+        # A worker that is silent for long computes: its shard is not given to another.
+        quiet = {"distributed.scheduler.worker-ttl": None, "distributed.admin.tick.limit": "1h"}
+        self._stack.enter_context(dask.config.set(quiet))
+        try:
+            address = self.config.scheduler or self._stack.enter_context(
+                self.distributed.LocalCluster(
+                    self.config.workers, threads_per_worker=1, processes=True, dashboard_address=None
+                )
+            )
+            self.client = self._stack.enter_context(self.distributed.Client(address, timeout=30))
+        except (OSError, TimeoutError, ValueError) as error:
+            self._stack.close()
+            raise ClusterError(
+                f"scheduler = {self.config.scheduler!r}: cannot be reached: {error}. Start one with dask scheduler."
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def make(self, orders: Iterable[Order], advance: Callable[[int], object]) -> list[Order]:
+        """Do as `Engine.make`, by the workers.  Raises ClusterError if the scheduler is lost."""
+        # Not pure: an order may have to be carried out twice, if somebody else held the lease.
+        futures = self.client.map(make_order, list(orders), work=self.work, retries=RETRIES, pure=False)
+        held: list[Order] = []
+        try:
+            for future in self.distributed.as_completed(futures):
+                n_done, left = future.result()
+                advance(n_done)
+                held += left
+                future.release()
+        except (OSError, self.distributed.CancelledError, self.distributed.KilledWorker) as error:
+            if isinstance(error, ClusterError) or type(error).__module__.startswith(__package__.partition(".")[0]):
+                raise
+            raise ClusterError(
+                f"The cluster was lost: {error}. What was finished is kept; give the command again, on any cluster."
+            ) from None
+        finally:
+            if self.client.status == "running":
+                self.client.cancel(futures)
+        return held
+
+
+def make_order(order: Order, work: tuple[str, str, tuple]) -> tuple[int, list[Order]]:
+    """Make one order in a worker; return how many (clip, modality) were done, and what others are making."""
+    done = []
+    held = _engine(*work, _device()).make([order], done.append)
+    return sum(done), held
+
+
+@lru_cache(maxsize=1)
+def _engine(data: str, config: str, names: tuple[tuple[str, str], ...], device: str) -> Engine:
+    """Return this worker's engine, which it keeps."""
+    chosen = ExtractConfig.model_validate_json(config)
+    chosen = chosen.model_copy(update={"device": device if chosen.device == "auto" else chosen.device})
+    engine = Engine(DataConfig.model_validate_json(data), chosen, dict(names)).__enter__()
+    atexit.register(engine.__exit__)
+    return engine
+
+
+def _device() -> str:
+    """Return the device of this worker: one GPU each where this machine has several and nobody has dealt them out."""
+    import torch
+    from distributed import get_worker
+
+    name = get_worker().name
+    n_devices = torch.cuda.device_count()
+    return f"cuda:{name % n_devices}" if isinstance(name, int) and n_devices else "auto"
+
+
+def _rooted(model: Any) -> Any:
+    """Return settings whose local paths are absolute."""
+    changed = {}
+    for name, value in model:
+        if isinstance(value, Path) and not is_address(value):
+            changed[name] = value.absolute()
+        weights = getattr(value, "weights", None)
+        if weights and Path(weights).is_file():
+            changed[name] = value.model_copy(update={"weights": str(Path(weights).absolute())})
+    return model.model_copy(update=changed)
