@@ -1,5 +1,6 @@
 """TokenStore and LogitStore: genuine Zarr v3 groups with an explicit state for every (clip, view)."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,10 @@ def _opened(path: Path) -> zarr.Group:
     if not (path / "zarr.json").exists():
         raise CacheError(f"{path}: no such store. Run the command that makes it, or name another.")
     return zarr.open_group(**zarr_store(path), mode="r", use_consolidated=False)
+
+
+def _sum(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8)).hexdigest()
 
 
 class TokenStore:
@@ -161,10 +166,10 @@ class LogitStore:
         self.path, self.group = path, _opened(path)
         self.attributes = dict(self.group.attrs)
         self.heads = tuple(self.attributes["classes"])
-        self._state = np.asarray(self.group["state"][:])
+        self.states = np.asarray(self.group["state"][:])
         self.made_from = np.asarray(self.group["made_from"][:])
         self._logits = {head: np.asarray(self.group[head][:]) for head in self.heads}
-        self.n_clips, self.n_views = self._state.shape
+        self.n_clips, self.n_views = self.states.shape
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -191,17 +196,30 @@ class LogitStore:
                     "Its training diverged: lower max_lr and train again."
                 )
 
+        arrays = {head: values.astype(np.float32) for head, values in logits.items()}
+        arrays["state"] = state.astype(np.uint8)
+        arrays["made_from"] = np.array([int(text or "0", 16) for text in made_from], np.uint32)
+        sums = {name: _sum(values) for name, values in arrays.items()}
+
         def fill(folder: Path) -> None:
-            group = zarr.open_group(str(folder), mode="w", zarr_format=3, attributes=attributes)
-            for head, values in logits.items():
-                names = ("clip", "view", "class")
-                group.create_array(head, data=values.astype(np.float32), chunks="auto", dimension_names=names)
-            group.create_array("state", data=state.astype(np.uint8), chunks="auto", dimension_names=names[:2])
-            numbers = np.array([int(text or "0", 16) for text in made_from], np.uint32)
-            group.create_array("made_from", data=numbers, chunks="auto", dimension_names=names[:1])
+            about = {**attributes, "sha256": sums}
+            group = zarr.open_group(str(folder), mode="w", zarr_format=3, attributes=about)
+            for name, values in arrays.items():
+                names = ("clip", "view", "class")[: values.ndim]
+                group.create_array(name, data=values, chunks="auto", dimension_names=names)
 
         publish_folder(path, fill)
         return cls(path)
+
+    def values(self, head: str) -> np.ndarray:
+        """Return all logits [N, V, classes] of a head."""
+        return self._logits[head]
+
+    def damaged(self) -> list[str]:
+        """Return the names of the arrays that are not what was written."""
+        arrays = {**self._logits, "state": self.states, "made_from": self.made_from}
+        wanted = self.attributes.get("sha256", {})
+        return [name for name, values in arrays.items() if _sum(values) != wanted.get(name)]
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return logits head -> [n, classes] of (row, view) pairs; raises IncompleteCacheError if one is not there."""
@@ -211,7 +229,7 @@ class LogitStore:
                 f"{self.path}: holds {self.n_clips} clips in {self.n_views} view(s), asked for "
                 f"row {np.max(rows)} in view {view}. Train the teacher again."
             )
-        missing = rows[self._state[rows, view] != PRESENT]
+        missing = rows[self.states[rows, view] != PRESENT]
         if len(missing):
             raise IncompleteCacheError(
                 f"{self.path}: no logits for {len(missing)} clip(s) in view {view}, first row "
@@ -226,4 +244,4 @@ class LogitStore:
     def has(self, rows: np.ndarray, view: int) -> np.ndarray:
         """Say for each row [n] whether its logits of `view` are there."""
         inside = (rows < self.n_clips) & (rows >= 0) & (view < self.n_views)
-        return inside & (self._state[np.where(inside, rows, 0), min(view, self.n_views - 1)] == PRESENT)
+        return inside & (self.states[np.where(inside, rows, 0), min(view, self.n_views - 1)] == PRESENT)

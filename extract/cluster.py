@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..data.config import DataConfig
-from ..data.errors import ClusterError, InstallationError
+from ..data.errors import ClusterError, InstallationError, KarmmaError
 from ..data.places import is_address
 from ..data.plan import Order
 from .config import ExtractConfig
@@ -70,9 +70,9 @@ class Cluster:
                 advance(n_done)
                 held += left
                 future.release()
+        except KarmmaError:  # a worker's
+            raise
         except (OSError, self.distributed.CancelledError, self.distributed.KilledWorker) as error:
-            if isinstance(error, ClusterError) or type(error).__module__.startswith(__package__.partition(".")[0]):
-                raise
             raise ClusterError(
                 f"The cluster was lost: {error}. What was finished is kept; give the command again, on any cluster."
             ) from None

@@ -7,7 +7,6 @@ from pydantic import AfterValidator, BeforeValidator
 from ..data.config import StageConfig, ours, paper
 
 
-
 def _fitting(text: str) -> str:
     i, _, n = text.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):

@@ -45,7 +45,7 @@ class MadeCache:
         store = TokenStore.create(self.cache.tokens_path(modality, name), (N_CLIPS, 1, 3, 4), N_CLIPS, {})
         self.cache.write_identity(modality, name, fields)
         if (state != 0).all():
-            _, data = store.write_shard(0, 0, tokens, state)
+            data, states = store.write_shard(0, 0, tokens, state)
             failed = [{"row": int(i), "clip_id": f"c{i}", "reason": "broken"} for i in np.flatnonzero(state == FAILED)]
             receipt = {
                 "first_row": 0,
@@ -54,6 +54,7 @@ class MadeCache:
                 "failures": failed,
                 "bytes": len(data),
                 "sha256": hashlib.sha256(data).hexdigest(),
+                "state_sha256": hashlib.sha256(states).hexdigest(),
             }
             self.cache.write_receipt(modality, name, 0, 0, receipt)
         return name
