@@ -1,45 +1,30 @@
 """The commands: parse, call one stage, print one table.  stderr tells, stdout answers.
 
-Exit codes: 0 done, 1 an error of ours in one line, 2 wrong usage, 3 finished but some clips failed, 130 interrupted.
+Exit codes: 0 done, 1 an error of ours in one line, 2 wrong usage, 3 finished but some clips failed, 4 verification
+found damage, 130 interrupted.
 """
 
-import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .data.annotations import SPLITS, ClipTable
-from .data.clips import read_clips, read_rows
-from .data.config import DataConfig, StageConfig
+from .cli_cache import cache_app
+from .cli_options import INTERRUPTED, SOME_FAILED, Settings, out, sample_data, tell, tell_some, with_options
+from .data.annotations import SPLITS
+from .data.clips import read_rows
 from .data.errors import KarmmaError
 from .data.modality import letters
 from .data.progress import watched
 from .data.runs import RunFolder, latest_run
-from .data.sample import write_sample
-from .data.settings import assigned, read_preset, read_toml, resolve, rooted
-from .distill.config import StudentConfig
 from .distill.stage import distill_student, evaluate_student
-from .extract.config import ExtractConfig
 from .extract.stage import extract_tokens
-from .fuse.config import TeacherConfig
 from .fuse.stage import train_teacher
-
-SECTIONS: dict[str, type[StageConfig]] = {
-    "data": DataConfig,
-    "extract": ExtractConfig,
-    "teacher": TeacherConfig,
-    "student": StudentConfig,
-}
-SAMPLE = Path("karmma-sample")
-SOME_FAILED, INTERRUPTED = 3, 130
 
 app = typer.Typer(
     name="karmma",
@@ -47,112 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True, highlight=False)
-
-
-def tell(text: str) -> None:
-    """Say something to the person at the terminal."""
-    err.print(text, soft_wrap=True, markup=False)
-
-
-def tell_some(lines: Sequence[str]) -> None:
-    """Say the first ten lines, and how many more there are."""
-    for line in lines[:10]:
-        tell(line)
-    if len(lines) > 10:
-        tell(f"and {len(lines) - 10} more")
-
-
-class Settings:
-    """The resolved sections of a command, and where they came from."""
-
-    def __init__(self, config: Path | None, preset: str | None, assignments: list[str], options: dict) -> None:
-        config = config or (Path("karmma.toml") if Path("karmma.toml").exists() else None)
-        if config is None and "table" not in options.get("data", {}):
-            config = sample_data()
-        written = rooted(read_toml(config), config.resolve().parent) if config else {}
-        preset = preset or written.pop("preset", "paper")
-        written.pop("preset", None)
-        layers = [(f"preset {preset}", read_preset(preset)), (str(config), written)]
-        layers += [("--set", assigned(text)) for text in assignments]
-        sections = resolve(SECTIONS, *layers, ("option", options))
-        self.data: DataConfig = sections["data"]
-        self.extract: ExtractConfig = sections["extract"]
-        self.teacher: TeacherConfig = sections["teacher"]
-        self.student: StudentConfig = sections["student"]
-
-    def table(self, heads: tuple[str, ...] = ()) -> ClipTable:
-        """Read the clip table with its label columns, those of the data section unless others are named."""
-        table = read_clips(self.data, heads)
-        tell_some(table.notes)
-        return table
-
-
-def sample_data() -> Path:
-    """Return the sample data's settings, generating it on first use."""
-    tell(f"No karmma.toml and no --table: using the sample data in ./{SAMPLE}")
-    if (SAMPLE / "karmma.toml").exists():
-        return SAMPLE / "karmma.toml"
-    with watched("sample data", 480, "clips") as progress:
-        return write_sample(SAMPLE, progress=progress.advance)
-
-
-def with_options(*places: str) -> Callable[[Callable], Callable]:
-    """Give a command `--config`, `--preset`, `--set` and one option for every plain field of its sections.
-
-    places: 'section' or 'section.field'.  The command is called with `settings` and its own parameters.  A field that
-    two sections share belongs to the later one, the stage's own.
-    """
-
-    def decorate(command: Callable) -> Callable:
-        fields: dict[str, tuple[str, Any]] = {}
-        for section, _, only in (place.partition(".") for place in places):
-            known = SECTIONS[section].model_fields
-            fields |= {name: (section, info) for name, info in known.items() if only in ("", name)}
-        own = [p for name, p in inspect.signature(command).parameters.items() if name != "settings"]
-        general = inspect.signature(_general).parameters.values()
-        derived = [_option(name, info) for name, (_, info) in fields.items() if _is_plain(info.annotation)]
-
-        def run(**given: Any) -> Any:
-            settings = {name: given.pop(name) for name in ("config", "preset", "assignments")}
-            options: dict[str, dict[str, Any]] = {}
-            for parameter in derived:
-                value = given.pop(parameter.name)
-                if value not in (None, []):
-                    text = ",".join(value) if isinstance(value, list) else value
-                    options.setdefault(fields[parameter.name][0], {})[parameter.name] = text
-            return command(settings=Settings(options=options, **settings), **given)
-
-        run.__signature__ = inspect.Signature([*own, *general, *derived])
-        run.__annotations__ = {p.name: p.annotation for p in [*own, *general, *derived]}
-        run.__doc__, run.__name__ = command.__doc__, command.__name__
-        return run
-
-    return decorate
-
-
-def _general(
-    *,
-    config: Annotated[Path | None, typer.Option(help="settings file (default ./karmma.toml)")] = None,
-    preset: Annotated[str | None, typer.Option(help="tiny or paper")] = None,
-    assignments: Annotated[list[str], typer.Option("--set", help="section.field=value, for any setting")] = [],  # noqa: B006
-) -> None:
-    """Carry the options that every command has."""
-
-
-def _is_plain(annotation: Any) -> bool:
-    is_model = isinstance(annotation, type) and issubclass(annotation, StageConfig)
-    return not is_model and get_origin(annotation) is not dict
-
-
-def _option(name: str, info: Any) -> inspect.Parameter:
-    """Derive one command line option from a config field; values stay text until pydantic has seen them."""
-    flag = "--modality" if name == "modalities" else "--" + name.replace("_", "-")
-    kind: Any = bool if info.annotation is bool else list[str] if name == "modalities" else str
-    flag = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    told = f"{info.description} (default {info.default}; {info.json_schema_extra['source']})"
-    annotation = Annotated[kind | None, typer.Option(flag, help=told, show_default=False)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+app.add_typer(cache_app, name="cache")
 
 
 @app.command("extract")
@@ -168,6 +48,11 @@ def extract(*, settings: Settings) -> None:
     out.print(table)
     for modality, failures in report.failures.items():
         tell_some([f"failed: {modality} of {clip_id}: {reason}" for clip_id, reason in failures.items()])
+    for modality, found in report.agreement.items():
+        tell(
+            f"{modality}: sampled bfloat16 tokens have a cosine of {found['mean']:.5f} to float32 (mean), "
+            f"{found['least']:.5f} (least)"
+        )
     if report.n_written:
         tell(f"Extracted {report.n_written} (clip, view, modality).")
     else:

@@ -74,7 +74,7 @@ class ShardDraft:
 
 
 def open_store(
-    cache: Cache, modality: str, name: str, identity: Mapping[str, Any], shape: tuple[int, int, int, int], shard_rows: int
+    cache: Cache, modality: str, name: str, identity: dict[str, Any], shape: tuple[int, int, int, int], shard_rows: int
 ) -> TokenStore:
     """Return the token store of an identity, made if it is new, with room for the clips and views of `shape`.
 

@@ -57,16 +57,16 @@ class _Packed:
             raise MediaError(f"{file}: names no dataset. Write {file.name}::NAME, or ::{{video_id}} in a pattern.")
         if not file.exists():
             raise MediaError(f"{file}: no such file. Put it there, or correct the clip table.")
-        with _intact(self.path):
+        with intact(self.path):
             place: Any = self._file or h5py.File(file, "r", locking="best-effort")
             self._file = place
             for part in filter(None, name.split("/")):
-                place = _member(self.path, place, part)
+                place = member(self.path, place, part)
         return place
 
 
 @contextmanager
-def _intact(path: Path) -> Iterator[None]:
+def intact(path: Path) -> Iterator[None]:
     """Turn whatever HDF5 says of a damaged file into one MediaError."""
     try:
         yield
@@ -76,7 +76,7 @@ def _intact(path: Path) -> Iterator[None]:
         raise MediaError(f"{path}: cannot be read as HDF5: {error}. Fetch the pack again.") from None
 
 
-def _member(path: Path, group: Any, name: str) -> Any:
+def member(path: Path, group: Any, name: str) -> Any:
     """Return a member of a group; links out of the file are not followed."""
     import h5py
 
@@ -102,7 +102,7 @@ class PackedPictures(_Packed):
     @property
     def fps(self) -> float | None:
         """The attribute `fps`, where there is one."""
-        with _intact(self.path):
+        with intact(self.path):
             stated = self._open().attrs.get("fps")
             return None if stated is None else float(stated)
 
@@ -115,7 +115,7 @@ class PackedPictures(_Packed):
         if isinstance(source, h5py.Dataset):
             return np.arange(1, len(source) + 1)
         if not self._names:
-            with _intact(self.path):
+            with intact(self.path):
                 found = [re.fullmatch(r".*?([0-9]+)(\.\w+)?", str(name)) for name in source]
             self._names = {int(match[1]): match[0] for match in found if match}
         return np.array(sorted(self._names), np.int64)
@@ -123,8 +123,8 @@ class PackedPictures(_Packed):
     def read(self, number: int) -> bytes:
         """Return one encoded picture; raises MediaError for an element that is empty."""
         source = self._open()
-        with _intact(self.path):
-            found = _member(self.path, source, self._names[number])[()] if self._names else source[number - 1]
+        with intact(self.path):
+            found = member(self.path, source, self._names[number])[()] if self._names else source[number - 1]
         data = found if isinstance(found, bytes) else np.asarray(found).tobytes()
         if not data:
             raise MediaError(f"{self.path}: {self.name(number)} is empty. Fetch the pack again.")
@@ -176,7 +176,7 @@ class PackedSound(_Packed):
         hz = self._hz(dataset)
         along = int(np.argmax(dataset.shape))
         for start in range(int(max(from_s, 0.0)) * hz, dataset.shape[along], hz):
-            with _intact(self.path):
+            with intact(self.path):
                 values = dataset[(slice(None),) * along + (slice(start, start + hz),)]
             mono = values.astype(np.float32)
             if values.dtype.kind == "i":
@@ -190,5 +190,5 @@ class PackedSound(_Packed):
         stated = self._given or next((dataset.attrs[name] for name in RATE_NAMES if name in dataset.attrs), None)
         if stated is None:
             raise MediaError(f"{self.path}: does not say its samples a second. Set audio_hz.")
-        with _intact(self.path):
+        with intact(self.path):
             return round(float(stated))

@@ -109,6 +109,25 @@ def _is_refusal(error: OSError) -> bool:
 
 
 @contextmanager
+def written_by(path: Path) -> Iterator[Path]:
+    """Yield a name under which a library may write a local file that then becomes `path`, synced and whole.
+
+    Raises CacheError if the disk is full or read-only.
+    """
+    temporary = _temporary(path)
+    with _blaming(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+@contextmanager
 def _written(path: Path, data: Buffer) -> Iterator[Path]:
     """Write a synced file beside `path`; it is gone afterwards."""
     temporary = _temporary(path)

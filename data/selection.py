@@ -68,7 +68,9 @@ def n_missing(cache: Cache, table: ClipTable, modality: str, name: str, view: in
 def fitting_stores(cache: Cache, modality: str, data: DataConfig) -> dict[str, TokenStore]:
     """Return by digest the stores whose inputs are those of `data`; raise StaleCacheError if there are only others."""
     wanted, identities = input_identity(modality, data), cache.identities(modality)
-    fitting = [name for name, fields in identities.items() if fields["input"] == wanted]
+    # What imported features were made from is known to whoever imported them.
+    inputs = {name: fields["input"] for name, fields in identities.items()}
+    fitting = [name for name, found in inputs.items() if found == wanted or "imported" in found]
     if identities and not fitting:
         found = next(iter(identities.values()))["input"]
         said = "; ".join(differences(found, wanted, "input."))

@@ -102,7 +102,8 @@ def _opened(
     store = open_store(cache, modality, name, identity, whole, config.shard_rows)
     if store.shard_rows != config.shard_rows:
         raise CacheError(
-            f"{store.path}: has {store.shard_rows} clips a shard, asked for {config.shard_rows}. Leave --shard-rows as it was."
+            f"{store.path}: has {store.shard_rows} clips a shard, asked for {config.shard_rows}. "
+            "Leave --shard-rows as it was."
         )
     return store
 

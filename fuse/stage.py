@@ -12,7 +12,6 @@ from ..data.annotations import ClipTable
 from ..data.cache import Cache
 from ..data.config import PLACES, DataConfig, digest
 from ..data.errors import TableError
-from ..data.identity import input_identity
 from ..data.runs import RunFolder
 from ..data.selection import Selection, select_stores
 from .config import TeacherConfig
@@ -89,7 +88,7 @@ def describe_run(
         "kind": "teacher",
         "settings": config.model_dump(mode="json", exclude={"device", "threads", "tokens"}),
         "data": data.model_dump(mode="json", exclude=PLACES),
-        "inputs": {modality: input_identity(modality, data) for modality in selection.stores},
+        "inputs": {modality: cache.identities(modality)[name]["input"] for modality, name in selection.names.items()},
         "tokens": selection.names,
         "views": n_views,
         "contents": {m: cache.contents_digest(m, name, n_views) for m, name in selection.names.items()},

@@ -82,7 +82,7 @@ def test_missing_logits_of_a_clip_and_view_raise(course, table):
     train = table.rows("train")
     with pytest.raises(IncompleteCacheError):
         course.teacher.logits(np.array([table.rows("val")[0]]), 1)
-    course.teacher.store._state[train[0], 1] = 0
+    course.teacher.store.states[train[0], 1] = 0
     with pytest.raises(IncompleteCacheError, match="1 training clips have no logits in view 1"):
         course.teacher.require(train)
 

@@ -220,7 +220,7 @@ def test_other_shard_size_is_refused_by_name(table, data, tmp_path):
 
 def test_cache_that_cannot_be_written_says_so(table, data, tmp_path):
     (tmp_path / "cache").write_text("a file where the cache should be")
-    with pytest.raises(CacheError, match=r"clips.parquet: Not a directory. Choose a folder that can be read and written"):
+    with pytest.raises(CacheError, match=r"clips.parquet: Not a directory. Choose a folder that can be read"):
         extract(table, data)
 
 

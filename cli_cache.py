@@ -1,0 +1,185 @@
+"""The commands under `karmma cache`: what is in a cache, is it sound, and how it comes together and apart."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.table import Table
+
+from .cli_options import DAMAGED, Settings, out, tell, tell_some, with_options
+from .data.cache import Cache
+from .data.errors import CacheError
+from .data.inventory import StoreInfo, prune, take_inventory, unused
+from .data.progress import watched
+
+cache_app = typer.Typer(help="Look at, verify, merge, adopt, prune, export and import caches.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON value instead of a table")]
+
+
+@cache_app.command("info")
+@with_options("data.cache", needs_clips=False)
+def info(*, settings: Settings, as_json: Json = False) -> None:
+    """List every store: what it was made from, how large and how complete it is."""
+    cache = Cache.open(settings.data.cache)
+    stores = take_inventory(cache)
+    if as_json:
+        said = [{**asdict(store), "path": str(store.path(cache)), "complete": store.is_complete} for store in stores]
+        print(json.dumps({"cache": str(cache.path), "clips": cache.n_clips, "stores": said}))
+        return
+    print_stores(stores, f"{cache.path}: {cache.n_clips} clips")
+
+
+def print_stores(stores: list[StoreInfo], title: str) -> None:
+    """Print one row a store."""
+    table = Table(title=title, title_justify="left", show_lines=True)
+    table.add_column("store", no_wrap=True)
+    table.add_column("made from", overflow="fold")
+    table.add_column("clips\npresent / absent / failed")
+    table.add_column("size", no_wrap=True)
+    for store in stores:
+        states = " / ".join(str(store.counts.get(state, 0)) for state in ("present", "absent", "failed"))
+        clips = "all" if store.is_complete else f"{store.n_current} of {store.n_due}"
+        shape = " x ".join(map(str, store.shape[1:]))
+        row = (f"{store.kind}\n{store.name}", f"{store.made_from}\n{shape}", f"{clips}\n{states}")
+        table.add_row(*row, decimal(store.n_bytes))
+    out.print(table)
+
+
+@cache_app.command("verify")
+@with_options("data.cache", needs_clips=False)
+def verify(
+    *,
+    settings: Settings,
+    drop: Annotated[bool, typer.Option("--drop", help="forget damaged shards: extract makes them again")] = False,
+) -> None:
+    """Read every byte and compare checksums; names damaged files and their clips, and then exits with 4."""
+    from .data.verify import count_shards
+    from .data.verify import verify as find_damage
+
+    cache = Cache.open(settings.data.cache)
+    n_shards = count_shards(cache)
+    with watched("verify", n_shards, "shards") as progress:
+        damage = list(find_damage(cache, progress.advance))
+    for found in damage:
+        out.print(str(found), soft_wrap=True, markup=False, highlight=False)
+    if not damage:
+        tell(f"{cache.path}: {n_shards} shards and all logits are sound.")
+        return
+    if drop:
+        for found in damage:
+            if found.shard is not None:
+                cache.drop_receipt(*found.shard)
+        tell("The damaged shards count as not there now. Next: karmma extract")
+    else:
+        tell(f"{len(damage)} damaged. Forget them with karmma cache verify --drop, then run karmma extract.")
+    raise typer.Exit(DAMAGED)
+
+
+@cache_app.command("merge")
+@with_options("data.cache", needs_clips=False)
+def merge(
+    others: Annotated[list[str], typer.Argument(help="caches to take shards and logits from; they stay as they are")],
+    *,
+    settings: Settings,
+) -> None:
+    """Take over what other caches have and this one lacks; clips are joined by id."""
+    from .data.transfer import merge as take_over
+
+    cache = Cache(settings.data.cache)
+    for other in others:
+        taken = take_over(cache, Cache.open(other))
+        for store, n in taken.items():
+            tell(f"{other}: {n} clips of {store} taken")
+    print_stores(take_inventory(cache), f"{cache.path}: {cache.n_clips} clips")
+
+
+@cache_app.command("adopt")
+@with_options("data", "extract")
+def adopt(
+    name: Annotated[str, typer.Argument(help="digest of the older tokens, as karmma cache info prints it")],
+    *,
+    settings: Settings,
+    sample: Annotated[int, typer.Option(min=1, help="clips that are made anew and compared")] = 16,
+) -> None:
+    """Accept tokens of an older identity, once a sample made anew has turned out the same."""
+    from .extract.adopt import adopt_tokens
+
+    table, cache = settings.table(), Cache.open(settings.data.cache)
+    found = adopt_tokens(cache, table, name, settings.data, settings.extract, sample)
+    tell_some([f"differs: {change}" for change in found.changes])
+    tell(
+        f"{found.n_sampled} clips made anew: least cosine {found.least_cosine:.6f}, largest error "
+        f"{found.largest_error:.3g}. {found.n_rows} rows of {name} are now {found.name}."
+    )
+
+
+@cache_app.command("prune")
+@with_options("data.cache", "data.runs", needs_clips=False)
+def remove_unused(
+    *, settings: Settings, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False
+) -> None:
+    """Remove tokens and logits that no run refers to."""
+    cache = Cache.open(settings.data.cache)
+    doomed = unused(cache, take_inventory(cache), settings.data.runs)
+    if not doomed:
+        tell(f"Nothing to do: every store of {cache.path} is in use by a run in {settings.data.runs}.")
+        return
+    print_stores(doomed, f"in use by no run in {settings.data.runs}")
+    if not yes and not typer.confirm(f"Remove {len(doomed)} stores?", err=True):
+        tell("Nothing was removed.")
+        return
+    tell(f"Removed {len(doomed)} stores, {decimal(prune(cache, doomed))}.")
+
+
+@cache_app.command("export")
+@with_options("data.cache", "data.modalities", needs_clips=False)
+def export(
+    file: Annotated[Path, typer.Argument(help="HDF5 file to write")],
+    *,
+    settings: Settings,
+    tokens: Annotated[list[str], typer.Option(help="digest of tokens, where a modality has several sets")] = [],  # noqa: B006
+    teacher: Annotated[str | None, typer.Option(help="digest of the teacher whose logits go along")] = None,
+) -> None:
+    """Write tokens, and a teacher's logits, to one HDF5 file that anybody can read."""
+    from .data.exchange import export_tokens
+
+    cache = Cache.open(settings.data.cache)
+    stores = {m: _chosen(cache, m, tokens) for m in settings.data.modalities if cache.identities(m)}
+    n_clips = export_tokens(cache, stores, teacher, file)
+    tell(f"Wrote {file}: {', '.join(stores)} of {n_clips} clips{f', logits of {teacher}' if teacher else ''}.")
+
+
+def _chosen(cache: Cache, modality: str, names: list[str]) -> str:
+    known = list(cache.identities(modality))
+    named = [name for name in names if name in known] or known
+    if len(named) > 1:
+        said = ", ".join(named)
+        raise CacheError(f"{cache.path}: {len(named)} sets of {modality} tokens: {said}. Choose with --tokens.")
+    return named[0]
+
+
+@cache_app.command("import")
+@with_options("data", "extract.shard_rows")
+def take_in(
+    file: Annotated[Path, typer.Argument(help="HDF5 file of tokens or logits: docs/cache.md says how it looks")],
+    *,
+    settings: Settings,
+    name: Annotated[str | None, typer.Option(help="what to call a teacher (default: the file's name)")] = None,
+) -> None:
+    """Take in features made elsewhere, to train a teacher on, or a foreign teacher's logits, to distil from."""
+    from .data.exchange import import_logits, import_tokens, open_foreign
+
+    table, cache = settings.table(), Cache(settings.data.cache)
+    with open_foreign(file, table) as foreign:
+        if foreign.n_unknown:
+            tell(f"{foreign.n_unknown} clips of {file} are not in {table.path} and are left out.")
+        for modality in foreign.modalities:
+            digest, n_rows = import_tokens(cache, foreign, modality, settings.extract.shard_rows)
+            tell(f"{modality}: {n_rows} rows are now tokens {digest}.")
+        if foreign.has_logits:
+            teacher, n_rows = import_logits(cache, foreign, name or file.stem)
+            tell(f"{n_rows} logits are now teacher {teacher}. Next: karmma distill --teacher {teacher}")

@@ -1,0 +1,142 @@
+"""What the commands share: messages, and settings from files and from options that the config models imply."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_origin
+
+import typer
+from rich.console import Console
+
+from .data.annotations import ClipTable
+from .data.clips import read_clips
+from .data.config import DataConfig, StageConfig
+from .data.progress import watched
+from .data.sample import write_sample
+from .data.settings import assigned, read_preset, read_toml, resolve, rooted
+from .distill.config import StudentConfig
+from .extract.config import ExtractConfig
+from .fuse.config import TeacherConfig
+
+SECTIONS: dict[str, type[StageConfig]] = {
+    "data": DataConfig,
+    "extract": ExtractConfig,
+    "teacher": TeacherConfig,
+    "student": StudentConfig,
+}
+SAMPLE = Path("karmma-sample")
+SOME_FAILED, DAMAGED, INTERRUPTED = 3, 4, 130
+out, err = Console(), Console(stderr=True, highlight=False)
+
+
+def tell(text: str) -> None:
+    """Say something to the person at the terminal."""
+    err.print(text, soft_wrap=True, markup=False)
+
+
+def tell_some(lines: Sequence[str]) -> None:
+    """Say the first ten lines, and how many more there are."""
+    for line in lines[:10]:
+        tell(line)
+    if len(lines) > 10:
+        tell(f"and {len(lines) - 10} more")
+
+
+class Settings:
+    """The resolved sections of a command, and where they came from."""
+
+    def __init__(
+        self, config: Path | None, preset: str | None, assignments: list[str], options: dict, needs_clips: bool
+    ) -> None:
+        config = config or (Path("karmma.toml") if Path("karmma.toml").exists() else None)
+        if config is None and "table" not in options.get("data", {}) and (needs_clips or _sample_settings().exists()):
+            config = sample_data()
+        written = rooted(read_toml(config), config.resolve().parent) if config else {}
+        preset = preset or written.pop("preset", "paper")
+        written.pop("preset", None)
+        layers = [(f"preset {preset}", read_preset(preset)), (str(config), written)]
+        layers += [("--set", assigned(text)) for text in assignments]
+        sections = resolve(SECTIONS, *layers, ("option", options))
+        self.data: DataConfig = sections["data"]
+        self.extract: ExtractConfig = sections["extract"]
+        self.teacher: TeacherConfig = sections["teacher"]
+        self.student: StudentConfig = sections["student"]
+
+    def table(self, heads: tuple[str, ...] = ()) -> ClipTable:
+        """Read the clip table with its label columns, those of the data section unless others are named."""
+        table = read_clips(self.data, heads)
+        tell_some(table.notes)
+        return table
+
+
+def _sample_settings() -> Path:
+    return SAMPLE / "karmma.toml"
+
+
+def sample_data() -> Path:
+    """Return the sample data's settings, generating it on first use."""
+    tell(f"No karmma.toml and no --table: using the sample data in ./{SAMPLE}")
+    if _sample_settings().exists():
+        return _sample_settings()
+    with watched("sample data", 480, "clips") as progress:
+        return write_sample(SAMPLE, progress=progress.advance)
+
+
+def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable], Callable]:
+    """Give a command `--config`, `--preset`, `--set` and one option for every plain field of its sections.
+
+    places: 'section' or 'section.field'.  needs_clips: without settings, work on the sample data.
+
+    The command is called with `settings` and its own parameters.  A field that two sections share belongs to the later
+    one, the stage's own.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        fields: dict[str, tuple[str, Any]] = {}
+        for section, _, only in (place.partition(".") for place in places):
+            known = SECTIONS[section].model_fields
+            fields |= {name: (section, info) for name, info in known.items() if only in ("", name)}
+        own = [p for name, p in inspect.signature(command).parameters.items() if name != "settings"]
+        general = inspect.signature(_general).parameters.values()
+        derived = [_option(name, info) for name, (_, info) in fields.items() if _is_plain(info.annotation)]
+
+        def run(**given: Any) -> Any:
+            settings = {name: given.pop(name) for name in ("config", "preset", "assignments")}
+            options: dict[str, dict[str, Any]] = {}
+            for parameter in derived:
+                value = given.pop(parameter.name)
+                if value not in (None, []):
+                    text = ",".join(value) if isinstance(value, list) else value
+                    options.setdefault(fields[parameter.name][0], {})[parameter.name] = text
+            return command(settings=Settings(options=options, needs_clips=needs_clips, **settings), **given)
+
+        run.__signature__ = inspect.Signature([*own, *general, *derived])
+        run.__annotations__ = {p.name: p.annotation for p in [*own, *general, *derived]}
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        return run
+
+    return decorate
+
+
+def _general(
+    *,
+    config: Annotated[Path | None, typer.Option(help="settings file (default ./karmma.toml)")] = None,
+    preset: Annotated[str | None, typer.Option(help="tiny or paper")] = None,
+    assignments: Annotated[list[str], typer.Option("--set", help="section.field=value, for any setting")] = [],  # noqa: B006
+) -> None:
+    """Carry the options that every command has."""
+
+
+def _is_plain(annotation: Any) -> bool:
+    is_model = isinstance(annotation, type) and issubclass(annotation, StageConfig)
+    return not is_model and get_origin(annotation) is not dict
+
+
+def _option(name: str, info: Any) -> inspect.Parameter:
+    """Derive one command line option from a config field; values stay text until pydantic has seen them."""
+    flag = "--modality" if name == "modalities" else "--" + name.replace("_", "-")
+    kind: Any = bool if info.annotation is bool else list[str] if name == "modalities" else str
+    flag = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    told = f"{info.description} (default {info.default}; {info.json_schema_extra['source']})"
+    annotation = Annotated[kind | None, typer.Option(flag, help=told, show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
