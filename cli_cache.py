@@ -28,7 +28,8 @@ def info(*, settings: Settings, as_json: Json = False) -> None:
     stores = take_inventory(cache)
     if as_json:
         said = [{**asdict(store), "path": str(store.path(cache)), "complete": store.is_complete} for store in stores]
-        print(json.dumps({"cache": str(cache.path), "clips": cache.n_clips, "stores": said}))
+        whole = {"cache": str(cache.path), "clips": cache.n_clips, "stores": said}
+        out.print(json.dumps(whole), soft_wrap=True, markup=False, highlight=False)
         return
     print_stores(stores, f"{cache.path}: {cache.n_clips} clips")
 

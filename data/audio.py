@@ -59,7 +59,7 @@ def read_audio(
     Raises MediaError if the file has a sound track of which no sample lies within the clip, or decoding breaks off.
     """
     columns = _columns(times, data)
-    reach = _fft_size(data.audio_rate, data.audio_window, data.audio_mels) // 2
+    reach = max(_fft_size(data), data.audio_window) // 2
     first, last = int(columns[0, 0]) * data.audio_hop - reach, int(columns[-1, -1]) * data.audio_hop + reach
     samples = read_samples(sound, (first, last), span, data.audio_rate)
     unique, place = np.unique(columns, return_inverse=True)
@@ -88,7 +88,9 @@ def _masked(segments: np.ndarray, moments: np.ndarray, span: tuple[float, float]
 
 def _columns(times: np.ndarray, data: DataConfig) -> np.ndarray:
     """Return the numbers of the hops on which the windows of each segment are centred, int64 [T, steps], ascending."""
-    first = np.rint(times * data.audio_rate / data.audio_hop - (data.audio_steps - 1) / 2).astype(np.int64)
+    # Ties all go down, so that segments that lie end to end share no step and lack none.
+    centred = times * data.audio_rate / data.audio_hop - (data.audio_steps - 1) / 2
+    first = np.floor(centred + 0.5 - 1e-6).astype(np.int64)
     return first[:, None] + np.arange(data.audio_steps)
 
 
@@ -169,9 +171,10 @@ def _joined(frames: list["av.AudioFrame"]) -> "av.AudioFrame":
 def log_mel(samples: np.ndarray, centers: np.ndarray, data: DataConfig) -> np.ndarray:
     """Return log10 of the mel power in a periodic Hann window around each centre, float32 [n, mels], at least -10.
 
-    The transform is the shortest power of two that holds the window and leaves no mel bin empty.
+    The transform is `audio_fft` samples long, or the shortest power of two that holds the window and leaves no mel bin
+    empty.
     """
-    n_fft = _fft_size(data.audio_rate, data.audio_window, data.audio_mels)
+    n_fft = _fft_size(data)
     # Only the part of each frame under the window counts; the transform pads it with zeros, which power ignores.
     begins = centers - n_fft // 2 + (n_fft - data.audio_window) // 2
     frames = np.lib.stride_tricks.sliding_window_view(samples, data.audio_window)[begins]  # [n, window]
@@ -182,13 +185,20 @@ def log_mel(samples: np.ndarray, centers: np.ndarray, data: DataConfig) -> np.nd
     # Band by band, and not as a product of matrices: its last bits would depend on the number of threads.
     for out, weights in zip(mels, mel_filters(data.audio_rate, n_fft, data.audio_mels), strict=True):
         (heard,) = np.nonzero(weights)
+        if not len(heard):  # a transform too short for so many bins, if one was asked for
+            out[:] = 0
+            continue
         band = slice(heard[0], heard[-1] + 1)
         np.sum(weights[band, None] * power[band], axis=0, out=out)
     return np.log10(np.maximum(mels.T, np.float32(FLOOR)))
 
 
+def _fft_size(data: DataConfig) -> int:
+    return data.audio_fft or _filling_fft(data.audio_rate, data.audio_window, data.audio_mels)
+
+
 @lru_cache(maxsize=8)
-def _fft_size(rate: int, window: int, n_mels: int) -> int:
+def _filling_fft(rate: int, window: int, n_mels: int) -> int:
     n_fft = 1 << (window - 1).bit_length()
     while not mel_filters(rate, n_fft, n_mels).any(axis=1).all():
         n_fft *= 2

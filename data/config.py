@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from .modality import in_order
+from .places import is_address
 
 # What `video_files` and its like may name of a clip.
 FILE_FIELDS = ("video_id", "participant", "clip_id")
@@ -40,8 +41,16 @@ def _parts(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _address(value: Any) -> Any:
+    return value if is_address(value) else Path(value)
+
+
 # Several names: a list in TOML, or one text with commas between.
 Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
+
+
+# A folder of this machine, or an address such as s3://bucket/cache, whose slashes a Path would lose.
+Place = Path | str
 
 
 # A fixed part of the picture: left, top, right, bottom.
@@ -74,7 +83,9 @@ class DataConfig(StageConfig):
     video_fps: float | None = ours(None, "numbered frames a second, of every clip", "else the column", gt=0, lt=1e8)
     flow_fps: float | None = ours(None, "numbered flow frames a second, of every clip", "else the column", gt=0, lt=1e8)
     audio_hz: float | None = ours(None, "samples a second of packed sound", "else attribute or column", gt=0, lt=1e8)
-    cache: Path = ours(Path("cache"), "folder of the cache", "README")
+    cache: Annotated[Place, BeforeValidator(_address)] = ours(
+        Path("cache"), "folder of the cache, or its address in an object store, such as s3://bucket/cache", "README"
+    )
     runs: Path = ours(Path("runs"), "folder that gets one folder a run", "README")
     heads: Names = paper(("verb", "noun"), "label columns of the table, one classifier each", "sec. 3.1")
     modalities: Names = paper(("video", "flow", "audio"), "modalities in use", "sec. 4, Epic-Kitchens")
@@ -101,6 +112,7 @@ class DataConfig(StageConfig):
     audio_segment_s: float = ours(1.116, "seconds of sound around each frame time", "as audio_rate", gt=0)
     audio_hop: int = ours(80, "samples between spectrogram steps", "as audio_rate", ge=1)
     audio_window: int = ours(400, "samples in a spectrogram window", "25 ms at 16 kHz, the usual for AST", ge=16)
+    audio_fft: int = ours(0, "samples of the transform; 0: the next power of two that fills every mel", "fast", ge=0)
     audio_mels: int = ours(128, "mel bins", "as audio_rate", ge=8)
     audio_steps: int = ours(224, "steps of one segment's spectrogram", "1.116 s at a hop of 80 samples", ge=8)
     audio_mask: float = ours(
@@ -144,6 +156,12 @@ class DataConfig(StageConfig):
             raise ValueError(f"flow_method {self.flow_method} needs flow_weights, a file of its weights")
         if self.flow_files is not None and self.flow_method != "released":
             raise ValueError(f"flow_files needs flow_method released, found {self.flow_method}; or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Self:
+        if 0 < self.audio_fft < self.audio_window:
+            raise ValueError(f"audio_fft is {self.audio_fft}, less than audio_window; set it to {self.audio_window}")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from typing import Self
 from uuid import uuid4
 
 from .errors import CacheError
+from .places import names
 from .publish import MACHINE, create, is_running, publish
 
 BEAT_S = 10.0
@@ -94,14 +95,9 @@ class Leases:
     def _generations(self, name: str) -> list[Path]:
         """Return the files of a lease, the one that counts last."""
         path = self.folder / name
-        try:
-            files = [file for file in path.parent.iterdir() if file.name.rpartition(".")[0] == path.name]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise CacheError(f"{path.parent}: {error.strerror or error}. Choose a folder that can be read.") from error
-        numbered = [file for file in files if file.suffix[1:].isdecimal()]
-        return sorted(numbered, key=lambda file: int(file.suffix[1:]))
+        numbered = [found.rpartition(".") for found in names(path.parent)]
+        numbers = sorted(int(number) for stem, _, number in numbered if stem == path.name and number.isdecimal())
+        return [path.with_name(f"{path.name}.{number}") for number in numbers]
 
     def _is_dead(self, name: str, file: Path) -> bool:
         """Say whether a lease's owner has died: its process is gone, or its number has stood still for too long."""

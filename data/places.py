@@ -66,3 +66,13 @@ def sizes(folder: Path) -> dict[str, int]:
     top = folder.path.rstrip("/")
     found = folder.fs.find(top, detail=True)  # one request for a thousand files
     return {name.removeprefix(top).lstrip("/"): about["size"] for name, about in found.items()}
+
+
+def names(folder: Path) -> list[str]:
+    """Return the names in a folder, sorted; none if there is no folder."""
+    try:
+        if is_local(folder):
+            return sorted(os.listdir(folder))
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in folder.fs.ls(folder.path, detail=False))
+    except FileNotFoundError:
+        return []

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from .config import PATHS, StageConfig
 from .errors import ConfigError, nearest
 from .modality import MODALITIES
+from .places import is_address
 
 PRESETS = ("tiny", "paper")
 
@@ -88,7 +89,7 @@ def rooted(written: dict[str, Any], folder: Path) -> dict[str, Any]:
     out = {section: dict(part) if isinstance(part, dict) else part for section, part in written.items()}
     for section, part in out.items():
         for name, value in part.items() if isinstance(part, dict) else ():
-            if section == "data" and name in PATHS and isinstance(value, str):
+            if section == "data" and name in PATHS and isinstance(value, str) and not is_address(value):
                 part[name] = str(folder / value)
             elif isinstance(value, dict) and (folder / str(value.get("weights"))).is_file():
                 part[name] = {**value, "weights": str(folder / value["weights"])}

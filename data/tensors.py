@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def read_tensors(path: Path) -> "Mapping[str, Tensor]":
     """Return the tensors of a .safetensors file, or of a state dict saved by torch, on the CPU.
 
+    A checkpoint that holds its state dict under the name `state_dict` or `model`, beside other things, will do.
+
     Raises ConfigError if the file is missing, damaged, hostile, or holds anything else.
     """
     import torch
@@ -27,7 +29,11 @@ def read_tensors(path: Path) -> "Mapping[str, Tensor]":
     except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{path}: not a readable weights file: {reason}. Save it again as .safetensors.") from None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    tensors = isinstance(state, Mapping) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    if not tensors or not state:
         raise ConfigError(
             f"{path}: expected tensors by name, found something else. Save a state dict and nothing around it."
         )

@@ -1,6 +1,7 @@
 """What every backbone promises: one modality's raw batch in, tokens out."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -27,6 +28,10 @@ class Backbone(nn.Module, ABC):
                 f"got {list(x.shape[1:])}. Build it for the shape that the data has."
             )
         return self.tokens(x)
+
+    def fitted(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a checkpoint's tensors under the names of this module; by default all but a classification head's."""
+        return {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
 
     @abstractmethod
     def tokens(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Backbones by name: built under a seed, filled from named or local weights, and told apart by a digest."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from torchvision.models import WeightsEnum
 from torchvision.models.video import Swin3D_B_Weights, Swin3D_S_Weights, Swin3D_T_Weights
 
 from ..data.errors import ConfigError, nearest
-from ..data.modality import in_order
+from ..data.modality import MODALITIES, in_order
 from ..data.tensors import read_tensors
 from .backbone import Backbone
+from .frames import build_frames, pretrained_frames
 from .layout import LayoutTransformer
+from .pretrained import build_pretrained
 from .spectrogram import SpectrogramTransformer
 from .video_swin import VideoSwin, swin_network
+from .weights import plugged_in
 
 __all__ = ["BACKBONES", "Backbone", "build_backbone"]
 
@@ -24,20 +28,33 @@ SHAPES = {"video": "[T, 3, H, W]", "flow": "[T, 3, H, W]", "audio": "[T, mels, s
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
+Build = Callable[[str, tuple[int, ...]], Backbone]  # modality, input shape
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How to build a backbone, for which modalities, and where its Kinetics-400 weights are."""
+    """How to build a backbone, for which modalities, and how to get the weights that have a name.
+
+    named: name of weights -> how to fetch their tensors.  build_named: the same where they come with the backbone.
+    """
 
     modalities: tuple[str, ...]
-    build: Callable[[str, tuple[int, ...]], Backbone]
-    kinetics400: WeightsEnum | None = None
+    build: Build
+    named: Mapping[str, Callable[[], Mapping[str, Tensor]]] = field(default_factory=dict)
+    build_named: Mapping[str, Build] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> list[str]:
+        """Names that weights may have, besides 'none' and files."""
+        return [*self.named, *self.build_named]
 
 
 def _swin(kinetics400: WeightsEnum | None = None, **sizes: Any) -> Recipe:
     def build(modality: str, input_shape: tuple[int, ...]) -> Backbone:
         return VideoSwin(swin_network(**sizes), modality, input_shape)
 
-    return Recipe(("video", "flow", "audio"), build, kinetics400)
+    named = {"kinetics400": lambda: fetched(kinetics400)} if kinetics400 else {}
+    return Recipe(("video", "flow", "audio"), build, named)
 
 
 def _ast(**sizes: Any) -> Recipe:
@@ -81,27 +98,57 @@ def build_backbone(
 ) -> Backbone:
     """Build a backbone for clips of one shape.
 
+    name: one of BACKBONES, timm:<model>, hf:<model>, or that of an entry point of the group `karmma.backbones`.
     input_shape: as in `DataConfig.input_shape`.  weights: "none" (random under `seed`; the global random state stays
-    as it was), "kinetics400", or a local file .safetensors, .pth or .pt with the names of the backbone's state dict;
-    what begins with "head." in it is left out.
+    as it was), "kinetics400" (torchvision's), "pretrained" (timm's or the hub's own), or a local file .safetensors,
+    .pth or .pt, with the names that the backbone's `fitted` knows.
     Raises ConfigError if name, modality, shape and weights do not exist or do not go together.
     """
     recipe = _recipe(name, modality, tuple(input_shape))
     state = _read_weights(name, recipe, weights)
+    build = recipe.build_named.get(weights, recipe.build)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        backbone = recipe.build(modality, tuple(input_shape))
+        backbone = build(modality, tuple(input_shape))
     if state is not None:
         _fill(backbone, state, f"weights {weights!r} for {name}")
     return backbone
 
 
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe of a name; raises ConfigError with the nearest known one if there is none."""
+    family, _, model = name.partition(":")
+    if family == "timm" and model:
+        pictures = ("video", "flow", "audio")
+        named = {"pretrained": partial(pretrained_frames, model)}
+        return Recipe(pictures, lambda *given: build_frames(model, *given), named)
+    if family == "hf" and model:
+        every = ("video", "flow", "audio")
+        own = {"pretrained": lambda *given: build_pretrained(model, *given, with_weights=True)}
+        return Recipe(every, lambda *given: build_pretrained(model, *given, with_weights=False), build_named=own)
+    if name in BACKBONES:
+        return BACKBONES[name]
+    plugins = plugged_in()
+    if name not in plugins:
+        known = {*BACKBONES, *plugins.names, "timm:<model>", "hf:<model>"}
+        raise ConfigError(f"Unknown backbone {name!r}. {nearest(name, known)}")
+    return Recipe(MODALITIES, partial(_build_plugin, name, plugins[name].load()))
+
+
+def _build_plugin(name: str, build: Build, modality: str, input_shape: tuple[int, ...]) -> Backbone:
+    backbone = build(modality, input_shape)
+    if not isinstance(backbone, Backbone):
+        raise ConfigError(
+            f"Backbone {name}: its entry point gives a {type(backbone).__name__}, expected a "
+            "karmma.extract.backbone.Backbone. Derive the class from it."
+        )
+    return backbone
+
+
 def _recipe(name: str, modality: str, input_shape: tuple[int, ...]) -> Recipe:
     """Look up a recipe and check that it takes this modality in this shape."""
-    if name not in BACKBONES:
-        raise ConfigError(f"Unknown backbone {name!r}. {nearest(name, BACKBONES)}")
+    recipe = find_recipe(name)
     in_order([modality])
-    recipe = BACKBONES[name]
     if modality not in recipe.modalities:
         fit = ", ".join(other for other, its in BACKBONES.items() if modality in its.modalities)
         takes = ", ".join(recipe.modalities)
@@ -117,25 +164,26 @@ def _recipe(name: str, modality: str, input_shape: tuple[int, ...]) -> Recipe:
 
 
 def _read_weights(name: str, recipe: Recipe, weights: str) -> Mapping[str, Tensor] | None:
-    """Read a state dict from where `weights` says; None for random weights."""
-    if weights == "none":
+    """Read a state dict from where `weights` says; None for random weights, and for those that come with the model."""
+    if weights == "none" or weights in recipe.build_named:
         return None
-    if weights == "kinetics400":
-        if recipe.kinetics400 is None:
-            having = ", ".join(other for other, its in BACKBONES.items() if its.kinetics400)
-            raise ConfigError(
-                f"There are no Kinetics-400 weights for {name}, only for {having}. Set weights to none or to a file."
-            )
-        return _download(recipe.kinetics400)
+    if weights in recipe.named:
+        return recipe.named[weights]()
     path = Path(weights)
     if path.suffix not in SUFFIXES:
+        of_this = " nor ".join(["none", *recipe.weights])
+        having = ", ".join(other for other, its in BACKBONES.items() if weights in its.weights)
+        if having:
+            raise ConfigError(
+                f"There are no {weights} weights for {name}, only for {having}. Set weights to none or to a file."
+            )
         raise ConfigError(
-            f"Unknown weights {weights!r} for {name}: neither none nor kinetics400 nor a file {', '.join(SUFFIXES)}."
+            f"Unknown weights {weights!r} for {name}: neither {of_this} nor a file {', '.join(SUFFIXES)}."
         )
     return read_tensors(path)
 
 
-def _download(weights: WeightsEnum) -> Mapping[str, Tensor]:
+def fetched(weights: WeightsEnum) -> Mapping[str, Tensor]:
     """Fetch torchvision's weights, or take them from its cache."""
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
@@ -146,8 +194,8 @@ def _download(weights: WeightsEnum) -> Mapping[str, Tensor]:
 
 
 def _fill(backbone: Backbone, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy `state`, but for its classification head, into the backbone; every name and shape has to fit."""
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    """Copy `state`, as the backbone fits it, into the backbone; every name and shape has to be there."""
+    state = backbone.fitted(state)
     own = backbone.state_dict()
     misfits = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
     wrong = {

@@ -1,6 +1,6 @@
 """Video Swin as tokens: torchvision's modules and weights, with window attention that is planned and fused."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -11,6 +11,7 @@ from torchvision.models.swin_transformer import PatchMerging, SwinTransformerBlo
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
 
 from .backbone import Backbone
+from .checkpoints import torchvision_names
 from .spectrogram import spectrogram_images
 
 Size = tuple[int, int, int]  # time, height, width
@@ -191,6 +192,10 @@ class VideoSwin(Backbone):
         if self.is_sound:
             return spectrogram_images(x, self.size[1])
         return (x.transpose(1, 2) / 255 - self.mean) / self.std
+
+    def fitted(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors of torchvision's checkpoints, or of Video Swin's authors', under torchvision's names."""
+        return torchvision_names(state)
 
     def tokens(self, x: Tensor) -> Tensor:
         """Turn a raw batch into tokens [B, K, D], row after row of frame after frame."""

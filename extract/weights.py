@@ -5,7 +5,7 @@ records the digest under everything that decides those tensors; later runs look 
 """
 
 import hashlib
-from importlib.metadata import version
+from importlib.metadata import EntryPoints, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,27 @@ from .config import BackboneConfig, ExtractConfig
 if TYPE_CHECKING:
     from .backbone import Backbone
 
-NAMED_WEIGHTS = ("none", "kinetics400")
+NAMED_WEIGHTS = ("none", "kinetics400", "pretrained")
+PLUGINS = "karmma.backbones"
+
+
+def plugged_in() -> EntryPoints:
+    """Return the backbones that other packages bring, as entry points of the group `karmma.backbones`."""
+    return entry_points(group=PLUGINS)
 
 
 def backbone_request(modality: str, data: DataConfig, config: ExtractConfig) -> dict[str, Any]:
     """Return all that decides a backbone's tensors: name, input shape, and the weights by content."""
     chosen: BackboneConfig = getattr(config, modality)
     request = {"name": chosen.name, "modality": modality, "input_shape": list(data.input_shape(modality))}
-    libraries = {name: version(name) for name in ("torch", "torchvision", "timm")}
+    request["libraries"] = {name: version(name) for name in _libraries(chosen.name)}
+    folder = hub_folder(chosen.name)
+    if folder is not None:
+        request["name"] = _files_digest(folder)
     if chosen.weights == "none":
-        return {**request, "weights": f"none, seed {config.seed}", "libraries": libraries}
+        return {**request, "weights": f"none, seed {config.seed}"}
     if chosen.weights in NAMED_WEIGHTS:
-        return {**request, "weights": chosen.weights, "libraries": libraries}
+        return {**request, "weights": chosen.weights}
     path = Path(chosen.weights)
     if not path.is_file():
         raise ConfigError(
@@ -39,7 +48,28 @@ def backbone_request(modality: str, data: DataConfig, config: ExtractConfig) -> 
             f"--set extract.{modality}.weights=none."
         )
     with open(path, "rb") as file:
-        return {**request, "weights": hashlib.file_digest(file, "sha256").hexdigest(), "libraries": libraries}
+        return {**request, "weights": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def hub_folder(name: str) -> Path | None:
+    """Return the folder of a backbone hf:<folder>; None for any other name."""
+    family, _, model = name.partition(":")
+    return Path(model) if family == "hf" and Path(model).is_dir() else None
+
+
+def _libraries(name: str) -> list[str]:
+    """Return the distributions whose versions decide what a name builds."""
+    found = ["torch", "torchvision", "timm", *(["transformers"] if name.startswith("hf:") else [])]
+    return [*found, *(point.dist.name for point in plugged_in() if point.name == name and point.dist)]
+
+
+def _files_digest(folder: Path) -> str:
+    """Return a digest over names and bytes of the model files of a folder."""
+    found = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with open(file, "rb") as opened:
+            found.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def _record(cache: Cache, request: dict[str, Any]) -> Path:
@@ -60,8 +90,15 @@ def record_backbone(cache: Cache, request: dict[str, Any], backbone: "Backbone")
 
 
 def backbone_identity(name: str, backbone: "Backbone") -> dict[str, Any]:
-    """Return a backbone's part of an identity: its name and the digest of its weights."""
-    return {"name": name, "weights": tensors_digest(backbone.state_dict())}
+    """Return a backbone's part of an identity: its name, never a path, and the digest of its weights.
+
+    A class from another package has its version there too: what it computes may change where its tensors do not.
+    """
+    folder = hub_folder(name)
+    shown = name if folder is None else f"hf:{read_json(folder / 'config.json').get('model_type')}"
+    code = [f"{point.dist.name} {point.dist.version}" for point in plugged_in() if point.name == name and point.dist]
+    about = {"name": shown, "weights": tensors_digest(backbone.state_dict())}
+    return {**about, "code": code[0]} if code else about
 
 
 def require_identity(

@@ -1,7 +1,7 @@
 """The command line: options from config fields, exit codes, and one clear line for every error of the user's."""
 
 import pytest
-from karmma import cli
+from karmma import cli, cli_options
 from karmma.data.clips import read_clip_table
 from karmma.data.sample import write_sample
 
@@ -21,7 +21,7 @@ def run(monkeypatch, capsys, *args):
 def here(tmp_path, monkeypatch):
     """An empty working folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "err", cli.Console(stderr=True, highlight=False, width=200))
+    monkeypatch.setattr(cli_options, "err", cli_options.Console(stderr=True, highlight=False, width=200))
     return tmp_path
 
 
@@ -64,15 +64,15 @@ def test_every_plain_field_is_an_option_and_help_names_its_source(here, monkeypa
         code, out, _ = run(monkeypatch, capsys, command, "--help")
         assert code == 0
         for section in sections:
-            for name, field in cli.SECTIONS[section].model_fields.items():
-                if cli._is_plain(field.annotation) and name != "modalities":
+            for name, field in cli_options.SECTIONS[section].model_fields.items():
+                if cli_options._is_plain(field.annotation) and name != "modalities":
                     assert "--" + name.replace("_", "-") in out, name
     assert "paper, sec. 4" in out
 
 
 def test_without_settings_the_sample_data_is_used_and_said(here, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "write_sample", lambda folder, progress: write_sample(folder, n_clips=24))
-    settings = cli.Settings(None, None, [], {})
+    monkeypatch.setattr(cli_options, "write_sample", lambda folder, progress: write_sample(folder, n_clips=24))
+    settings = cli_options.Settings(None, None, [], {}, needs_clips=True)
     assert "using the sample data in ./karmma-sample" in capsys.readouterr().err
     assert settings.data.table.name == "clips.csv"
     assert settings.data.frames == 8
@@ -82,7 +82,7 @@ def test_without_settings_the_sample_data_is_used_and_said(here, monkeypatch, ca
 def test_settings_file_in_the_working_folder_is_found_and_options_override_it(here):
     (here / "t.csv").write_text(TABLE)
     (here / "karmma.toml").write_text('preset = "tiny"\n[data]\ntable = "t.csv"\nframes = 4\n[student]\nepochs = 7\n')
-    settings = cli.Settings(None, None, ["student.batch_size=3"], {"data": {"size": "32"}})
+    settings = cli_options.Settings(None, None, ["student.batch_size=3"], {"data": {"size": "32"}}, needs_clips=True)
     assert (settings.data.frames, settings.data.size) == (4, 32)
     assert (settings.student.epochs, settings.student.batch_size) == (7, 3)
 
@@ -90,7 +90,7 @@ def test_settings_file_in_the_working_folder_is_found_and_options_override_it(he
 def test_preset_option_wins_over_the_preset_of_the_file(here):
     (here / "t.csv").write_text(TABLE)
     (here / "karmma.toml").write_text('preset = "tiny"\n[data]\ntable = "t.csv"\n')
-    assert cli.Settings(None, "paper", [], {}).data.frames == 32
+    assert cli_options.Settings(None, "paper", [], {}, needs_clips=True).data.frames == 32
 
 
 def test_check_lists_every_bad_row_and_ends_with_exit_code_3(here, monkeypatch, capsys):

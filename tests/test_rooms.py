@@ -12,7 +12,8 @@ MAY_IMPORT = {
     "fuse": {"data", "fuse"},
     "distill": {"data", "extract", "fuse", "distill"},
 }
-ONLY_IN = {"zarr": "data", "h5py": "data", "av": "data", "cv2": "data", "timm": "extract", "typer": "cli.py"}
+IN_DATA, IN_EXTRACT = ("zarr", "h5py", "av", "cv2", "upath"), ("timm", "transformers", "dask", "distributed")
+ONLY_IN = dict.fromkeys(IN_DATA, "data") | dict.fromkeys(IN_EXTRACT, "extract") | {"typer": "cli.py"}
 NOWHERE = {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
 # The error with which torch.load(weights_only=True) refuses a hostile checkpoint: caught, nothing is unpickled.
 REFUSAL = ("pickle", "UnpicklingError")

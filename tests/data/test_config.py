@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from karmma.cli import SECTIONS
+from karmma.cli_options import SECTIONS
 from karmma.data.config import DataConfig, digest
 from karmma.data.errors import ConfigError
 from karmma.data.settings import assigned, read_preset, read_toml, resolve, rooted

@@ -4,7 +4,7 @@ import pytest
 import torch
 from karmma.data.errors import ConfigError, KarmmaError
 from karmma.data.identity import tensors_digest
-from karmma.extract.backbones import BACKBONES, build_backbone
+from karmma.extract.backbones import BACKBONES, build_backbone, fetched
 from safetensors.torch import save_file
 from torch import nn
 
@@ -147,8 +147,8 @@ def test_backbone_on_clips_of_another_shape_says_so():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("kinetics400", "no Kinetics-400 weights for ast_micro, only for swin3d_t, swin3d_s, swin3d_b"),
-        ("kinetics", "Unknown weights 'kinetics' for ast_micro: neither none nor kinetics400 nor a file"),
+        ("kinetics400", "no kinetics400 weights for ast_micro, only for swin3d_t, swin3d_s, swin3d_b"),
+        ("kinetics", "Unknown weights 'kinetics' for ast_micro: neither none nor a file"),
         ("nowhere/ast.pth", "nowhere/ast.pth: no such weights file"),
     ],
 )
@@ -221,14 +221,16 @@ class Published:
 def test_published_weights_are_used_without_the_head(monkeypatch):
     wanted = build_backbone("swin3d_micro", "video", SMALL["video"], seed=5)
     published = Published({**wanted.state_dict(), "head.weight": torch.ones(400, 64), "head.bias": torch.ones(400)})
-    monkeypatch.setitem(BACKBONES, "swin3d_micro", replace(BACKBONES["swin3d_micro"], kinetics400=published))
+    recipe = replace(BACKBONES["swin3d_micro"], named={"kinetics400": lambda: fetched(published)})
+    monkeypatch.setitem(BACKBONES, "swin3d_micro", recipe)
     # The same weights serve sound: the images are made to fit.
     found = build_backbone("swin3d_micro", "audio", SMALL["audio"], "kinetics400")
     assert tensors_digest(found.state_dict()) == tensors_digest(wanted.state_dict())
 
 
 def test_published_weights_out_of_reach_say_what_to_do(monkeypatch):
-    recipe = replace(BACKBONES["swin3d_micro"], kinetics400=Published(OSError("no route to host")))
+    unreachable = Published(OSError("no route to host"))
+    recipe = replace(BACKBONES["swin3d_micro"], named={"kinetics400": lambda: fetched(unreachable)})
     monkeypatch.setitem(BACKBONES, "swin3d_micro", recipe)
     with pytest.raises(ConfigError, match=r"swin.pth: cannot be fetched: no route to host. Fetch it elsewhere"):
         build_backbone("swin3d_micro", "video", SMALL["video"], "kinetics400")
