@@ -11,8 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
+import dask
+import distributed
+
 from ..data.config import DataConfig
-from ..data.errors import ClusterError, InstallationError, KarmmaError
+from ..data.errors import ClusterError, KarmmaError
 from ..data.places import is_address
 from ..data.plan import Order
 from .config import ExtractConfig
@@ -26,29 +29,23 @@ class Cluster:
     """A Dask scheduler and its workers; used in a `with` block like an Engine, and makes the same shards."""
 
     def __init__(self, data: DataConfig, config: ExtractConfig, names: dict[str, str]) -> None:
-        """Name what is to be made; raises InstallationError if dask.distributed is not installed."""
-        try:
-            import distributed
-        except ImportError as error:
-            raise InstallationError(f"{error}. Install it: pip install 'karmma[cluster]'.") from None
-        self.distributed, self.config = distributed, config
+        """Name what is to be made."""
+        self.config = config
         # Workers have a folder of their own.
         self.work = (_rooted(data).model_dump_json(), _rooted(config).model_dump_json(), tuple(names.items()))
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        import dask
-
         # A worker that is silent for long computes: its shard is not given to another.
         quiet = {"distributed.scheduler.worker-ttl": None, "distributed.admin.tick.limit": "1h"}
         self._stack.enter_context(dask.config.set(quiet))
         try:
             address = self.config.scheduler or self._stack.enter_context(
-                self.distributed.LocalCluster(
+                distributed.LocalCluster(
                     self.config.workers, threads_per_worker=1, processes=True, dashboard_address=None
                 )
             )
-            self.client = self._stack.enter_context(self.distributed.Client(address, timeout=30))
+            self.client = self._stack.enter_context(distributed.Client(address, timeout=30))
         except (OSError, TimeoutError, ValueError) as error:
             self._stack.close()
             raise ClusterError(
@@ -65,14 +62,14 @@ class Cluster:
         futures = self.client.map(make_order, list(orders), work=self.work, retries=RETRIES, pure=False)
         held: list[Order] = []
         try:
-            for future in self.distributed.as_completed(futures):
+            for future in distributed.as_completed(futures):
                 n_done, left = future.result()
                 advance(n_done)
                 held += left
                 future.release()
         except KarmmaError:  # a worker's
             raise
-        except (OSError, self.distributed.CancelledError, self.distributed.KilledWorker) as error:
+        except (OSError, distributed.CancelledError, distributed.KilledWorker) as error:
             raise ClusterError(
                 f"The cluster was lost: {error}. What was finished is kept; give the command again, on any cluster."
             ) from None
@@ -102,9 +99,8 @@ def _engine(data: str, config: str, names: tuple[tuple[str, str], ...], device: 
 def _device() -> str:
     """Return the device of this worker: one GPU each where this machine has several and nobody has dealt them out."""
     import torch
-    from distributed import get_worker
 
-    name = get_worker().name
+    name = distributed.get_worker().name
     n_devices = torch.cuda.device_count()
     return f"cuda:{name % n_devices}" if isinstance(name, int) and n_devices else "auto"
 
