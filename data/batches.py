@@ -1,6 +1,6 @@
 """Batches of cached tokens: a plan one can print, and a reader that stays one batch ahead of the training step."""
 
-import threading
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .modality import PRESENT, UNWRITTEN
 from .stores import TokenStore
+
+# Reading is copying: more threads than this gain nothing, and training wants the other cores.
+N_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,39 @@ def plan_epoch(rows: np.ndarray, batch_size: int, seed: int, epoch: int) -> list
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+class _Buffers:
+    """Memory for batches, used again once nobody holds anything that lies in it: fresh memory costs as much as reading.
+
+    pin: page-locked memory for a GPU, which torch itself uses again, after the copies that are under way.
+    """
+
+    def __init__(self, pin: bool) -> None:
+        self.pin = pin
+        self._held: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an array float16 of this shape, with any contents."""
+        if self.pin:
+            return torch.empty(shape, dtype=torch.float16, pin_memory=True).numpy()
+        size = int(np.prod(shape))
+        for held in self._held:
+            # Known to this list, to this loop and to the call that asks; a batch knows the array it is a part of.
+            if len(held) >= size and sys.getrefcount(held) == 3:
+                return held[:size].reshape(shape)
+        self._held.append(np.empty(size, np.float16))
+        return self._held[-1].reshape(shape)
+
+
 class TokenReader:
     """Reads batches of several modalities from their stores by two threads, one batch ahead.
 
-    cache_rows: [N] row in the cache of every clip of the table.
+    cache_rows: [N] row in the cache of every clip of the table.  pin: the tokens go to a GPU.
     """
 
-    def __init__(self, stores: Mapping[str, TokenStore], cache_rows: np.ndarray) -> None:
+    def __init__(self, stores: Mapping[str, TokenStore], cache_rows: np.ndarray, pin: bool = False) -> None:
         self.stores, self.cache_rows = dict(stores), cache_rows
         self._states: dict[tuple[str, int], np.ndarray] = {}
-        self._locks = {modality: threading.Lock() for modality in self.stores}
+        self._buffers = {modality: _Buffers(pin) for modality in self.stores}
 
     def states(self, modality: str, view: int) -> np.ndarray:
         """Return the state [N] of every clip of the table in a view."""
@@ -59,16 +85,25 @@ class TokenReader:
 
     def batches(self, plan: list[np.ndarray], view: int) -> Iterator[TokenBatch]:
         """Yield the plan's batches in order; one is read while the one before is used."""
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(N_THREADS) as pool:
             ahead = self._submit(pool, plan[0], view) if plan else {}
             for at, rows in enumerate(plan):
                 now, ahead = ahead, self._submit(pool, plan[at + 1], view) if at + 1 < len(plan) else {}
-                tokens = {m: torch.from_numpy(future.result()) for m, future in now.items()}
+                tokens = {modality: self._read(*now.pop(modality)) for modality in self.stores}
                 yield TokenBatch(rows, tokens, torch.from_numpy(self.present(rows, view)))
 
-    def _submit(self, pool: ThreadPoolExecutor, rows: np.ndarray, view: int) -> dict[str, Future]:
-        return {m: pool.submit(self._read, m, rows, view) for m in self.stores}
+    def _submit(
+        self, pool: ThreadPoolExecutor, rows: np.ndarray, view: int
+    ) -> dict[str, tuple[np.ndarray, list[Future]]]:
+        """Have the clips of a batch read, an equal part of each modality by every thread."""
+        parts = {}
+        for modality, store in self.stores.items():
+            out = self._buffers[modality].take((len(rows), store.k, store.width))
+            pieces = zip(*(np.array_split(values, N_THREADS) for values in (self.cache_rows[rows], out)), strict=True)
+            parts[modality] = out, [pool.submit(store.read_written, part, view, piece) for part, piece in pieces]
+        return parts
 
-    def _read(self, modality: str, rows: np.ndarray, view: int) -> np.ndarray:
-        with self._locks[modality]:
-            return self.stores[modality].read_written(self.cache_rows[rows], view)
+    def _read(self, out: np.ndarray, parts: list[Future]) -> Tensor:
+        for part in parts:
+            part.result()
+        return torch.from_numpy(out)

@@ -5,7 +5,9 @@ closed by a crc32c: Zarr v3 `sharding_indexed` with the inner codec `bytes` alon
 """
 
 import os
+import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from google_crc32c import value as crc32c
 from zarr.storage import MemoryStore
 
 from .errors import CacheError
+from .places import is_local
 from .publish import read_json
 
-MISSING = 2**64 - 1
+MISSING = 2**64 - 1  # as the offset of a chunk that was left out, in the file
+LEFT_OUT = -1  # and here
 OPEN_FILES = 128
+AGAIN = "Run karmma cache verify --drop, then karmma extract."
 
 
 def shard_file(folder: Path, shard: int, view: int) -> Path:
@@ -62,30 +67,46 @@ def decode_shard(data: bytes, shape: tuple[int, int, int], where: str) -> np.nda
 
     shape: (S, k, D).  Raises CacheError, which names `where`, if the bytes are damaged in form.
     """
-    n, size = shape[0], int(np.prod(shape[1:])) * 2
-    index = data[len(data) - 16 * n - 4 :]
-    if len(index) != 16 * n + 4 or crc32c(index[:-4]) != int.from_bytes(index[-4:], "little"):
-        raise CacheError(f"{where}: the index of a shard fails the checksum. Run karmma cache verify.")
+    size = int(np.prod(shape[1:])) * 2
     out = np.full(shape, np.nan, np.float16)
-    for row, (offset, length) in zip(out, np.frombuffer(index[:-4], "<u8").reshape(n, 2).tolist(), strict=True):
-        if offset != MISSING:
-            if length != size or offset + size > len(data):
-                raise CacheError(f"{where}: a chunk of a shard reaches beyond it. Run karmma cache verify.")
+    for row, offset in zip(out, _offsets(data[-_index_bytes(shape[0]) :], shape[0], size, where), strict=True):
+        if offset != LEFT_OUT:
+            if offset + size > len(data):
+                raise CacheError(f"{where}: a chunk of a shard reaches beyond it. {AGAIN}")
             row[:] = np.frombuffer(data, "<f2", size // 2, offset).reshape(shape[1:])
     return out
 
 
+def _index_bytes(shard_rows: int) -> int:
+    return 16 * shard_rows + 4
+
+
+def _offsets(index: bytes, shard_rows: int, chunk_bytes: int, where: Path | str) -> list[int]:
+    """Return where the chunk of each row begins, LEFT_OUT where it was left out; raise CacheError if damaged."""
+    if len(index) != _index_bytes(shard_rows) or crc32c(index[:-4]) != int.from_bytes(index[-4:], "little"):
+        raise CacheError(f"{where}: its index fails the checksum. {AGAIN}")
+    offsets, sizes = np.frombuffer(index[:-4], "<u8").reshape(-1, 2).T
+    left_out = offsets == MISSING
+    if not (left_out | (sizes == chunk_bytes)).all():
+        raise CacheError(f"{where}: a chunk of a shard is not of {chunk_bytes} bytes. {AGAIN}")
+    return np.where(left_out, LEFT_OUT, offsets.astype(np.int64)).tolist()
+
+
 class ShardFiles:
-    """Positional reads of single clips from the shard files of one token array [N, V, k, D]."""
+    """Positional reads of single clips from the shards of one token array [N, V, k, D], by any number of threads.
+
+    The index of each shard is read once.  Files are read at a position instead of being mapped: where a cache is larger
+    than the memory, the first touch of every mapped page would be a wait of its own.
+    """
 
     def __init__(self, folder: Path) -> None:
         meta = read_json(folder / "zarr.json")
         self.folder, self.shape = folder, tuple(meta["shape"])
-        self.dtype = np.dtype(meta["data_type"])
         self.shard_rows = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
-        self.chunk_bytes = int(np.prod(self.shape[2:])) * self.dtype.itemsize
-        self._index: dict[tuple[int, int], np.ndarray] = {}
-        self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self.chunk_bytes = int(np.prod(self.shape[2:])) * np.dtype(meta["data_type"]).itemsize
+        self._index: dict[tuple[int, int], list[int]] = {}
+        self._open: OrderedDict[tuple[int, int], _File] = OrderedDict()
+        self._lock = threading.Lock()
 
     @staticmethod
     def understands(meta: dict[str, Any]) -> bool:
@@ -100,58 +121,103 @@ class ShardFiles:
             and [codec["name"] for codec in inner["index_codecs"]] == ["bytes", "crc32c"]
             and inner.get("index_location", "end") == "end"
             and meta["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
+            and meta["data_type"] == "float16"
             and inner["chunk_shape"] == [1, 1, *shape[2:]]
             and grid[1:] == [1, *shape[2:]]
         )
 
     def read_into(self, rows: np.ndarray, view: int, out: np.ndarray) -> None:
-        """Fill out [n, k, D] with the tokens of `rows`; a clip that was never written is filled with NaN.
+        """Fill out [n, k, D], contiguous, with the tokens of `rows`; a clip that is absent or failed with NaN.
 
-        Raises CacheError if a shard is missing, cut short or fails its checksum.
+        Raises CacheError if a shard is missing, cut short or its index fails the checksum.
         """
-        for place, row in enumerate(rows):
-            shard, within = divmod(int(row), self.shard_rows)
-            offset, size = self._entry(shard, view)[within]
-            if offset == MISSING:
-                out[place] = np.nan
-                continue
-            found = os.preadv(self._handle(shard, view), [memoryview(out[place]).cast("B")], int(offset))
-            if found != self.chunk_bytes or size != self.chunk_bytes:
-                raise CacheError(
-                    f"{self.path(shard, view)}: clip row {row} has {found} bytes, expected "
-                    f"{self.chunk_bytes}. Delete the file and its receipt, then extract again."
-                )
+        if not len(rows):
+            return
+        keys = [(shard, view) for shard in (rows // self.shard_rows).tolist()]
+        withins, flat, size = (rows % self.shard_rows).tolist(), memoryview(out).cast("B"), self.chunk_bytes
+        if not is_local(self.folder):
+            self._fetch(keys, withins, flat)
+            return
+        for place, (key, within) in enumerate(zip(keys, withins, strict=True)):
+            file, offset = self._opened(key), self._index[key][within]
+            part = flat[place * size : (place + 1) * size]
+            if offset == LEFT_OUT:
+                _fill_with_nan(part)
+            elif (found := file.read_into(part, offset)) != size:
+                raise CacheError(f"{self.path(*key)}: a clip has {found} bytes, expected {size}. {AGAIN}")
 
     def path(self, shard: int, view: int) -> Path:
         """Return the file of one shard and view."""
         return shard_file(self.folder, shard, view)
 
-    def _entry(self, shard: int, view: int) -> np.ndarray:
-        if (shard, view) not in self._index:
-            handle, size = self._handle(shard, view), self.shard_rows * 16
-            start = os.fstat(handle).st_size - size - 4
-            raw = os.pread(handle, size + 4, max(start, 0))
-            if start < 0 or crc32c(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
-                raise CacheError(
-                    f"{self.path(shard, view)}: its index fails the checksum. "
-                    "Delete the file and its receipt, then extract again."
-                )
-            self._index[shard, view] = np.frombuffer(raw[:-4], "<u8").reshape(-1, 2)
-        return self._index[shard, view]
+    def _opened(self, key: tuple[int, int]) -> "_File":
+        with self._lock:
+            if key not in self._open:
+                file = _File(self.path(*key))
+                if key not in self._index:
+                    n = _index_bytes(self.shard_rows)
+                    index = bytearray(n)
+                    file.read_into(memoryview(index), max(os.fstat(file.number).st_size - n, 0))
+                    self._index[key] = _offsets(bytes(index), self.shard_rows, self.chunk_bytes, file.path)
+                self._open[key] = file
+                if len(self._open) > OPEN_FILES:
+                    self._open.popitem(last=False)  # closed once the last thread has read from it
+            self._open.move_to_end(key)
+            return self._open[key]
 
-    def _handle(self, shard: int, view: int) -> int:
-        key = (shard, view)
-        if key not in self._open:
-            try:
-                self._open[key] = os.open(self.path(shard, view), os.O_RDONLY)
-            except FileNotFoundError:
-                raise CacheError(f"{self.path(shard, view)}: this shard is missing. Extract again.") from None
-            if len(self._open) > OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        self._open.move_to_end(key)
-        return self._open[key]
+    def _fetch(self, keys: list[tuple[int, int]], withins: list[int], flat: memoryview) -> None:
+        """Do as `read_into` from an object store: all indices that are needed at once, then all clips at once."""
+        new = sorted(set(keys) - self._index.keys())
+        n, size = _index_bytes(self.shard_rows), self.chunk_bytes
+        for key, index in zip(new, self._ranges(new, [-n] * len(new), None), strict=True):
+            self._index[key] = _offsets(index, self.shard_rows, size, self.path(*key))
+        offsets = [self._index[key][within] for key, within in zip(keys, withins, strict=True)]
+        there = [place for place, offset in enumerate(offsets) if offset != LEFT_OUT]
+        found = iter(self._ranges([keys[place] for place in there], [offsets[place] for place in there], size))
+        for place, offset in enumerate(offsets):
+            part = flat[place * size : (place + 1) * size]
+            if offset == LEFT_OUT:
+                _fill_with_nan(part)
+            elif len(data := next(found)) != size:
+                raise CacheError(f"{self.path(*keys[place])}: a clip has {len(data)} bytes, expected {size}. {AGAIN}")
+            else:
+                part[:] = data
 
-    def close(self) -> None:
-        """Close every file that is open."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+    def _ranges(self, keys: list[tuple[int, int]], starts: list[int], n_bytes: int | None) -> Iterable[bytes]:
+        ends = [None if n_bytes is None else start + n_bytes for start in starts]
+        paths = [self.path(*key).path for key in keys]
+        try:
+            return self.folder.fs.cat_ranges(paths, starts, ends, on_error="raise") if keys else []
+        except FileNotFoundError as error:
+            raise CacheError(f"{error}: this shard is missing. Extract again.") from None
+        except OSError as error:
+            raise CacheError(f"{self.folder}: cannot be read: {error}. Give the command again.") from None
+
+
+class _File:
+    """An open file that closes itself once nobody uses it: a thread may be reading when another lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.number = path, -1
+        try:
+            self.number = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise CacheError(f"{path}: this shard is missing. Extract again.") from None
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+    def read_into(self, part: memoryview, offset: int) -> int:
+        """Fill `part` from a position; return the number of bytes, less than asked for only at the end of the file."""
+        at = 0
+        try:
+            while at < len(part) and (found := os.preadv(self.number, [part[at:]], offset + at)):
+                at += found
+        except OSError as error:
+            raise CacheError(f"{self.path}: cannot be read: {error.strerror}. Check the disk.") from None
+        return at
+
+
+def _fill_with_nan(part: memoryview) -> None:
+    np.frombuffer(part, np.float16)[:] = np.nan

@@ -10,7 +10,7 @@ import zarr
 
 from .errors import CacheError, IncompleteCacheError, KarmmaError
 from .modality import PRESENT, UNWRITTEN
-from .places import is_local, place, zarr_store
+from .places import place, zarr_store
 from .publish import publish, publish_folder, read_json
 from .shards import ShardFiles, decode_shard, encode_shard, shard_file, state_file
 
@@ -33,7 +33,7 @@ class TokenStore:
         self.tokens, self.states = self.group["tokens"], self.group["state"]
         self.n_clips, self.n_views, self.k, self.width = self.tokens.shape
         self.shard_rows = (self.tokens.shards or self.tokens.chunks)[0]
-        plain = is_local(path) and ShardFiles.understands(read_json(path / "tokens" / "zarr.json"))
+        plain = ShardFiles.understands(read_json(path / "tokens" / "zarr.json"))
         self._files = ShardFiles(path / "tokens") if plain else None
 
     @classmethod

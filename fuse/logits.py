@@ -21,7 +21,7 @@ def run_teacher(
     model.eval()
     plan = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     for batch in reader.batches(plan, view):
-        tokens = {modality: values.to(device).float() for modality, values in batch.tokens.items()}
+        tokens = {modality: values.to(device, non_blocking=True).float() for modality, values in batch.tokens.items()}
         output = model(tokens, batch.present.to(device))
         yield batch, {head: logits.float().cpu() for head, logits in output.logits.items()}
 

@@ -30,7 +30,7 @@ class Teacher:
     ) -> None:
         self.cache, self.table, self.config, self.selection = cache, table, config, selection
         self.device = prepare(config)
-        self.reader = TokenReader(selection.stores, cache.rows(table.clip_ids))
+        self.reader = TokenReader(selection.stores, cache.rows(table.clip_ids), pin=self.device.type == "cuda")
         self.labels = {head: torch.from_numpy(table.labels(head)) for head in data.heads}
         self.classes = {head: list(table.classes(head)) for head in data.heads}
         present = self.reader.present(np.arange(table.n_clips), 0)
@@ -83,7 +83,7 @@ class Teacher:
 
     def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Return Eq. 3: alpha CE + beta InfoNCE, and its parts."""
-        tokens = {modality: values.to(self.device).float() for modality, values in batch.tokens.items()}
+        tokens = {name: values.to(self.device, non_blocking=True).float() for name, values in batch.tokens.items()}
         present = batch.present.to(self.device)
         output = self.model(tokens, present)
         labels = {head: values[batch.rows].to(self.device) for head, values in self.labels.items()}
