@@ -12,6 +12,7 @@ import numpy as np
 from .config import digest
 from .errors import TableError, nearest
 from .modality import MODALITIES
+from .places import under
 from .publish import publish
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ class ClipTable:
     def clip(self, row: int) -> Clip:
         """Return one clip; relative paths start at `folder`."""
         found = {name: values[0] for name, values in self.arrow.slice(int(row), 1).to_pydict().items()}
-        files = {name: found[name] and self.folder / found[name] for name in SOURCES if name in found}
+        files = {name: found[name] and under(self.folder, found[name]) for name in SOURCES if name in found}
         rates = {modality: found[name] for name, modality in RATES.items() if found.get(name)}
-        video = self.folder / found["video"]
+        video = under(self.folder, found["video"])
         video_id = found.get("video_id") or video.stem
         return Clip(found["clip_id"], video, found["start_s"], found["stop_s"], files, video_id, rates)
 

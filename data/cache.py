@@ -16,7 +16,7 @@ from .config import digest
 from .errors import CacheError, IncompleteCacheError
 from .leases import Leases
 from .modality import MODALITIES
-from .places import place, sizes
+from .places import failures, place, read_bytes, sizes
 from .publish import publish, publish_json, read_json, read_json_files
 from .shards import shard_file, state_file
 
@@ -42,15 +42,15 @@ class Cache:
 
     def _read_rows(self) -> None:
         try:
-            held = pq.read_table(pa.BufferReader(self._rows_file.read_bytes())).to_pydict()
+            held = pq.read_table(pa.BufferReader(read_bytes(self._rows_file))).to_pydict()
         except FileNotFoundError:
             held = {}
         except pa.ArrowInvalid as error:
             raise CacheError(
                 f"{self._rows_file}: damaged: {error}. It names the cache's rows: restore it from a copy."
             ) from None
-        except OSError as error:
-            why = error.strerror or error
+        except failures() as error:
+            why = getattr(error, "strerror", None) or error
             raise CacheError(f"{self._rows_file}: {why}. Choose a folder that can be read and written.") from None
         self.clip_ids: list[str] = held.get("clip_id", [])
         self.sources: list[str] = held.get("sources", [])

@@ -1,6 +1,5 @@
 """Checking a clip table against the files it names: every bad row with its reason, before any long work begins."""
 
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from .config import DataConfig
 from .errors import MediaError
 from .media import located, matches
 from .packs import split_pack
+from .places import exists
 from .raw import open_film
 
 
@@ -54,7 +54,7 @@ def _source_problem(clip: Clip, modality: str, data: DataConfig) -> str:
     has_parts = modality == "flow" and data.flow_method == "released"
     for part in map(located, (source / "u", source / "v") if has_parts else (source,)):
         pack = split_pack(part)
-        if not os.path.exists(pack[0] if pack else part) and not matches(part):
+        if not exists(pack[0] if pack else part) and not matches(part):
             return f"{modality}: {part}: no such file"
     return ""
 

@@ -12,6 +12,7 @@ from .annotations import INTEGER, RATES, SOURCES, SPLITS, ClipTable
 from .config import DataConfig
 from .epic import is_epic, read_epic
 from .errors import ConfigError, TableError, nearest
+from .places import place
 from .something import read_something
 from .splits import hold_out, prune
 from .tables import TextTable, read_text_table
@@ -158,7 +159,7 @@ class _Rows:
         ids, split = (np.array(arrow.column(name).to_pylist(), str) for name in ("clip_id", "split"))
         facts = {name: value for name, value in self._facts.items() if name != "video_files"}
         path = Path(self.data.table)
-        return ClipTable(path, self.heads, arrow, ids, split, self.data.media or path.parent, **facts)
+        return ClipTable(path, self.heads, arrow, ids, split, place(self.data.media or path.parent), **facts)
 
 
 def _cells(text: TextTable, name: str) -> list[str]:

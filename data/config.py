@@ -42,7 +42,7 @@ def _parts(value: Any) -> Any:
 
 
 def _address(value: Any) -> Any:
-    return value if is_address(value) else Path(value)
+    return value if value is None or is_address(value) else Path(value)
 
 
 # Several names: a list in TOML, or one text with commas between.
@@ -73,7 +73,9 @@ class DataConfig(StageConfig):
     )  # fmt: skip
     holdout_share: float = paper(0.1, "share of the clips that holdout keeps for validation", "sec. 4", gt=0, lt=1)
     holdout_seed: int = ours(0, "seed of the holdout", "any number will do")
-    media: Path | None = ours(None, "folder that the paths of clips start from", "else the folder of the table")
+    media: Annotated[Place | None, BeforeValidator(_address)] = ours(
+        None, "folder, or address in an object store, that the paths of clips start from", "else the table's folder"
+    )
     video_files: str | None = ours(
         None, "where a clip's video is, such as {participant}/videos/{video_id}.MP4", "else the column 'video'"
     )

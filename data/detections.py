@@ -12,6 +12,7 @@ bytes are whose is noted in one pass, and only a video's own bytes are ever pars
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from mmap import ACCESS_READ, mmap
@@ -22,6 +23,7 @@ import numpy as np
 
 from .errors import MediaError
 from .media import EPSILON_S, matches
+from .places import StoredFile, failures, is_local, read_bytes
 from .views import View, crop_square
 
 # Something-Something V2, on which the official files rest, has 12 frames a second; they do not say so.
@@ -98,14 +100,16 @@ def _read_json(path: Path, names: Sequence[str]) -> Any:
             return _parsed(*version)
     except FileNotFoundError:
         raise MediaError(f"{path}: no such file. Put it there, or correct the clip table.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except MediaError:
+        raise
+    except (*failures(), ValueError, RecursionError) as error:
         raise MediaError(f"{path}: cannot be read as JSON: {error}. Fetch it again.") from None
 
 
 @lru_cache(maxsize=2)
 def _parsed(path: Path, _mtime: int, _size: int) -> Any:
     """Parse a file whole; the last two stay in memory, since many clips may share them."""
-    return json.loads(path.read_bytes())
+    return json.loads(read_bytes(path))
 
 
 @lru_cache(maxsize=16)
@@ -117,8 +121,8 @@ def _places(path: Path, _mtime: int, size: int) -> dict[str, tuple[int, int]]:
     """
     if not size:
         return {}
-    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        if not content[:64].lstrip().startswith(b"{"):
+    with _whole(path) as content:
+        if not bytes(content[:64]).lstrip().startswith(b"{"):
             return {}
         found = [(m[1].decode(), m.start(), m.end() - 1) for m in LIST.finditer(content) if m[1] not in FRAME_LISTS]
     ends = [start for _, start, _ in found[1:]] + [size]
@@ -126,9 +130,17 @@ def _places(path: Path, _mtime: int, size: int) -> dict[str, tuple[int, int]]:
     return places if len(places) == len(found) else {}
 
 
+def _whole(path: Path) -> AbstractContextManager[mmap | memoryview]:
+    """Return all bytes of a file, mapped where it is a local one."""
+    if not is_local(path):
+        return memoryview(read_bytes(path))
+    with open(path, "rb") as file:
+        return mmap(file.fileno(), 0, access=ACCESS_READ)
+
+
 def _slice(path: Path, start: int, end: int) -> Any:
     """Parse the list that starts at a byte of a file and ends before another; raises ValueError if it does not."""
-    with open(path, "rb") as file:
+    with open(path, "rb") if is_local(path) else StoredFile(path) as file:
         file.seek(start)
         text = file.read(end - start).decode()
     value, stop = json.JSONDecoder().raw_decode(text)

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
-from .errors import CacheError
-from .places import names
+from .places import failures, names, read_bytes
 from .publish import MACHINE, create, is_running, publish
 
 BEAT_S = 10.0
@@ -102,7 +101,7 @@ class Leases:
     def _is_dead(self, name: str, file: Path) -> bool:
         """Say whether a lease's owner has died: its process is gone, or its number has stood still for too long."""
         try:
-            text = file.read_bytes()
+            text = read_bytes(file)
         except FileNotFoundError:  # given back just now
             return False
         about = json.loads(text) if text.endswith(b"}") else {}
@@ -116,7 +115,7 @@ class Leases:
 
     def _is_mine(self, file: Path) -> bool:
         with suppress(FileNotFoundError, ValueError):
-            return json.loads(file.read_bytes()).get("owner") == self._owner
+            return json.loads(read_bytes(file)).get("owner") == self._owner
         return False
 
     def _text(self, beat: int) -> bytes:
@@ -128,7 +127,7 @@ class Leases:
         while not self._closing.wait(self.beat_s):
             beat += 1
             for name, mine in list(self._held.items()):
-                with self._lock:
+                # A full disk, or a store that does not answer: if it lasts, publishing says so.
+                with self._lock, suppress(*failures()):
                     if name in self._held and self._is_mine(mine):
-                        with suppress(CacheError):  # a full disk: if it lasts, publishing says so
-                            publish(mine, self._text(beat))
+                        publish(mine, self._text(beat))

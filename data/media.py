@@ -2,7 +2,6 @@
 
 import glob
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .errors import MediaError
+from .places import StoredFile, exists, is_local, place
 
 if TYPE_CHECKING:
     import av
@@ -36,14 +36,17 @@ class Reading:
 
 def matches(path: Path) -> list[Path]:
     """Return the files and folders that a path with `*` stands for, sorted; `*` is any part of one name."""
-    return [Path(found) for found in sorted(glob.glob("*".join(map(glob.escape, str(path).split("*")))))]
+    pattern = "*".join(map(glob.escape, str(path).split("*")))
+    if is_local(path):
+        return [Path(found) for found in sorted(glob.glob(pattern))]
+    return [place(path.fs.unstrip_protocol(found)) for found in sorted(path.fs.glob(pattern))]
 
 
 def located(path: Path) -> Path:
     """Return the one file or folder that a path with `*` stands for; unless there is exactly one, the path as it is."""
     file, inside, name = str(path).partition("::")
-    found = matches(Path(file)) if "*" in file else []
-    return Path(f"{found[0]}{inside}{name}") if len(found) == 1 else path
+    found = matches(place(file)) if "*" in file else []
+    return place(f"{found[0]}{inside}{name}") if len(found) == 1 else path
 
 
 class Frame:
@@ -69,6 +72,7 @@ class Media:
         self.path = path
         self.broken = ""
         self._container: av.container.InputContainer | None = None
+        self._file: StoredFile | None = None
         self._used = False
 
     def __enter__(self) -> Self:
@@ -77,6 +81,8 @@ class Media:
     def __exit__(self, *_: object) -> None:
         if self._container is not None:
             self._container.close()
+        if self._file is not None:
+            self._file.close()
 
     @property
     def container(self) -> "av.container.InputContainer":
@@ -90,10 +96,8 @@ class Media:
 
         if "*" in str(self.path):
             raise MediaError(f"{self.path}: stands for no file, or for several; expected one. Correct the pattern.")
-        if not os.path.exists(self.path):  # which, unlike Path.exists, is at ease with any name
-            raise MediaError(f"{self.path}: no such file. Put it there, or correct the clip table.")
         try:
-            container = av.open(str(self.path), metadata_errors="replace")
+            container = av.open(self._source(), metadata_errors="replace")
         except av.error.FFmpegError as error:
             raise MediaError(f"{self.path}: not a media file: {cause(error)}. Fetch it again.") from None
         for stream in (*container.streams.video, *container.streams.audio):
@@ -101,6 +105,16 @@ class Media:
                 # One thread: where a damaged file breaks off must not depend on the machine.
                 stream.codec_context.thread_count = 1
         return container
+
+    def _source(self) -> "str | StoredFile":
+        """Return what FFmpeg is to open."""
+        if not is_local(self.path):
+            self._file = self._file or StoredFile(self.path)
+            self._file.seek(0)
+            return self._file
+        if not exists(self.path):
+            raise MediaError(f"{self.path}: no such file. Put it there, or correct the clip table.")
+        return str(self.path)
 
     @property
     def pictures(self) -> "av.VideoStream | None":

@@ -1,6 +1,5 @@
 """Numbered frames: a video as encoded pictures with numbers and a rate, in a folder or a pack."""
 
-import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -11,6 +10,7 @@ import numpy as np
 
 from .errors import MediaError
 from .media import EPSILON_S, Frame, cause
+from .places import failures, is_local, names, read_bytes
 
 if TYPE_CHECKING:
     import av
@@ -168,9 +168,9 @@ class FrameFolder:
     def read(self, number: int) -> bytes:
         """Return one file's bytes."""
         try:
-            return (self.path / self.name(number)).read_bytes()
-        except OSError as error:
-            raise MediaError(f"{self.path / self.name(number)}: {error.strerror}. Fetch it again.") from None
+            return read_bytes(self.path / self.name(number))
+        except failures() as error:
+            raise MediaError(f"{self.path / self.name(number)}: {cause(error)}. Fetch it again.") from None
 
     def name(self, number: int) -> str:
         """Return the name that the file of a number has, or would have."""
@@ -186,27 +186,25 @@ class FrameFolder:
 
     def _listing(self) -> tuple[np.ndarray, dict[int, str]]:
         try:
-            return _listed(self.path, self.path.stat().st_mtime_ns)
+            return _listed(self.path, self.path.stat().st_mtime_ns if is_local(self.path) else 0)
         except FileNotFoundError:
             raise MediaError(f"{self.path}: no such folder. Put it there, or correct the clip table.") from None
-        except PermissionError:
-            raise MediaError(f"{self.path}: may not be listed. Make the folder readable.") from None
+        except failures() as error:
+            raise MediaError(f"{self.path}: cannot be listed: {cause(error)}. Make the folder readable.") from None
 
 
 # The clips of one video come one after another, and a folder of 100,000 frames takes a tenth of a second to list.
 @lru_cache(maxsize=8)
 def _listed(path: Path, _mtime: int) -> tuple[np.ndarray, dict[int, str]]:
-    names: dict[int, str] = {}
+    by_number: dict[int, str] = {}
     prefix = None
-    with os.scandir(path) as entries:
-        found = sorted(entry.name for entry in entries)
-    for name in found:
+    for name in names(path):
         match = PICTURE.fullmatch(name)
         if match is None:
             continue
         number = int(match[2])
-        if number in names or prefix not in (None, match[1]):
-            other = names.get(number) or next(iter(names.values()))
+        if number in by_number or prefix not in (None, match[1]):
+            other = by_number.get(number) or next(iter(by_number.values()))
             raise MediaError(f"{path}: holds both {other} and {name}, expected one row of numbered pictures.")
-        names[number], prefix = name, match[1]
-    return np.array(sorted(names), np.int64), names
+        by_number[number], prefix = name, match[1]
+    return np.array(sorted(by_number), np.int64), by_number

@@ -10,6 +10,7 @@ import numpy as np
 
 from .errors import MediaError, nearest
 from .numbered import FrameFolder, NumberedFrames
+from .places import StoredFile, is_local, place
 
 if TYPE_CHECKING:
     import av
@@ -22,7 +23,7 @@ RATE_NAMES = ("sample_rate", "sr")
 def split_pack(path: Path) -> tuple[Path, str] | None:
     """Return the file and the name within it that a path like `rgb.h5::P01/P01_06` stands for; None for other paths."""
     file, inside, name = str(path).partition("::")
-    return (Path(file), name) if inside or Path(file).suffix.lower() in SUFFIXES else None
+    return (place(file), name) if inside or file.lower().endswith(SUFFIXES) else None
 
 
 def open_frames(path: Path, fps: float | None) -> NumberedFrames:
@@ -50,19 +51,25 @@ class _Packed:
             self._file = None
 
     def _found(self) -> "h5py.Dataset | h5py.Group":
-        import h5py
-
         file, name = split_pack(self.path)
         if not name:
             raise MediaError(f"{file}: names no dataset. Write {file.name}::NAME, or ::{{video_id}} in a pattern.")
-        if not file.exists():
-            raise MediaError(f"{file}: no such file. Put it there, or correct the clip table.")
         with intact(self.path):
-            place: Any = self._file or h5py.File(file, "r", locking="best-effort")
-            self._file = place
+            self._file = self._file or _opened(file)
+            found: Any = self._file
             for part in filter(None, name.split("/")):
-                place = member(self.path, place, part)
-        return place
+                found = member(self.path, found, part)
+        return found
+
+
+def _opened(file: Path) -> "h5py.File":
+    import h5py
+
+    if not is_local(file):
+        return h5py.File(StoredFile(file), "r")
+    if not file.exists():
+        raise MediaError(f"{file}: no such file. Put it there, or correct the clip table.")
+    return h5py.File(file, "r", locking="best-effort")
 
 
 @contextmanager

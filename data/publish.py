@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CacheError
-from .places import is_local
+from .places import failures, is_local, read_bytes
 
 # Bytes, or anything that holds bytes, such as an Arrow buffer.
 Buffer = bytes | memoryview | Any
@@ -31,13 +31,13 @@ MACHINE = _machine()
 
 @contextmanager
 def _blaming(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a line that names the file and the next step."""
+    """Turn a full or read-only disk, or a store that does not answer, into a line with the file and the next step."""
     try:
         yield
     except CacheError:
         raise
-    except OSError as error:
-        why = error.strerror or error
+    except failures() as error:
+        why = getattr(error, "strerror", None) or error
         raise CacheError(
             f"{path}: cannot be written: {why}. Free space there, or choose a folder that can be written."
         ) from error
@@ -76,7 +76,7 @@ def publish(path: Path, data: Buffer) -> None:
     """
     with _blaming(path):
         if not is_local(path):
-            path.fs.pipe_file(path.path, bytes(data))
+            _put(path, bytes(data))
             return
         with _written(path, data) as temporary:
             os.replace(temporary, path)
@@ -88,7 +88,7 @@ def create(path: Path, data: bytes) -> bool:
     with _blaming(path):
         try:
             if not is_local(path):
-                path.fs.pipe_file(path.path, data, mode="create")
+                _put(path, data, mode="create")
                 return True
             with _written(path, data) as temporary:
                 os.link(temporary, path)
@@ -101,6 +101,11 @@ def create(path: Path, data: bytes) -> bool:
             return False
         sync_folder(path.parent)
         return True
+
+
+def _put(path: Path, data: bytes, **options: str) -> None:
+    """Send a file by one PUT, however large: a shard is never there in part."""
+    path.fs.pipe_file(path.path, data, chunksize=len(data) + 1, **options)
 
 
 def _is_refusal(error: OSError) -> bool:
@@ -206,7 +211,7 @@ def sync_folder(folder: Path) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file of ours; raise CacheError if it is damaged, FileNotFoundError if it is not there."""
-    return _parsed(path, path.read_bytes())
+    return _parsed(path, read_bytes(path))
 
 
 def _parsed(path: Path, text: bytes) -> Any:

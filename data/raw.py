@@ -5,7 +5,6 @@ This file alone knows which modality comes from which source: video and computed
 track or the audio source, detections from the detections source.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from .media import Media, Reading, located
 from .modality import ABSENT, FAILED, PRESENT
 from .packs import PackedSound, open_frames, split_pack
 from .pictures import Asked, read_pictures
+from .places import is_folder
 from .released import read_released
 from .video import Converter, Film, frames_at
 from .views import View, view_times
@@ -78,7 +78,7 @@ def read_clips(
 def open_film(path: Path, fps: float | None) -> AbstractContextManager[Film]:
     """Return the frames of a video, not opened yet: a media file, a folder of numbered frames or `pack.h5::dataset`."""
     path = located(path)
-    return open_frames(path, fps) if os.path.isdir(path) or split_pack(path) else Media(path)
+    return open_frames(path, fps) if split_pack(path) or is_folder(path) else Media(path)
 
 
 def _span(clip: Clip, film: Film) -> tuple[float, float]:

@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from io import FileIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from .annotations import Clip
 from .config import DataConfig
 from .errors import ConfigError
 from .media import Reading
+from .places import place
 from .views import draw_view
 
 # What every clip needs: without them no reader starts.
@@ -121,7 +121,7 @@ def _row(name: str, reading: Reading) -> tuple[Any, ...]:
 
 
 def _clip(video: str, sources: dict[str, str | None], **rest: Any) -> Clip:
-    return Clip(video=Path(video), sources={name: path and Path(path) for name, path in sources.items()}, **rest)
+    return Clip(video=place(video), sources={name: path and place(path) for name, path in sources.items()}, **rest)
 
 
 def _missing(name: str, error: Exception) -> str:

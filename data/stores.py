@@ -10,7 +10,7 @@ import zarr
 
 from .errors import CacheError, IncompleteCacheError, KarmmaError
 from .modality import PRESENT, UNWRITTEN
-from .places import place, zarr_store
+from .places import place, read_bytes, zarr_store
 from .publish import publish, publish_folder, read_json
 from .shards import ShardFiles, decode_shard, encode_shard, shard_file, state_file
 
@@ -104,7 +104,7 @@ class TokenStore:
         """Return the bytes of a shard's two files, tokens and state; raises CacheError if one is missing."""
         files = shard_file(self.path / "tokens", shard, view), state_file(self.path / "state", shard, view)
         try:
-            return files[0].read_bytes(), files[1].read_bytes()
+            return read_bytes(files[0]), read_bytes(files[1])
         except FileNotFoundError as error:
             raise CacheError(f"{error.filename or files[0]}: is missing. Extract again.") from None
 

@@ -1,7 +1,9 @@
 """What tests in every room share: the real clips, where they are to be had."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -18,3 +20,35 @@ def shared() -> Path:
     if named:
         pytest.fail(f"KARMMA_SHARED={named}: no such folder")
     pytest.skip("needs the folder ../shared")
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """An S3 server on loopback; returns its address, which the environment names too, for child processes."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    found = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in found}
+    os.environ.update(found)
+    yield found["AWS_ENDPOINT_URL"]
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture
+def bucket(object_store: str) -> str:
+    """The address of a new bucket of the server."""
+    import s3fs
+
+    name = f"bucket-{uuid4().hex[:12]}"
+    s3fs.S3FileSystem().mkdir(name)
+    return f"s3://{name}"
