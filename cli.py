@@ -20,7 +20,7 @@ from .data.annotations import SPLITS
 from .data.clips import read_rows
 from .data.errors import KarmmaError
 from .data.modality import letters
-from .data.places import failures
+from .data.places import storage_errors
 from .data.progress import watched
 from .data.runs import RunFolder, latest_run
 from .distill.stage import distill_student, evaluate_student
@@ -178,7 +178,7 @@ def main() -> None:
     except KarmmaError as error:
         tell(f"{type(error).__name__}: {error}")
         sys.exit(1)
-    except failures() as error:  # a disk or a store that gave up half way
+    except storage_errors() as error:  # a disk or a store that gave up half way
         tell(f"{type(error).__name__}: {error}. What was finished is kept; mend that and give the command again.")
         sys.exit(1)
     except SystemExit as ended:

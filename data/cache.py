@@ -16,7 +16,7 @@ from .config import digest
 from .errors import CacheError, IncompleteCacheError
 from .leases import Leases
 from .modality import MODALITIES
-from .places import failures, place, read_bytes, sizes
+from .places import place, read_bytes, sizes, storage_errors
 from .publish import publish, publish_json, read_json, read_json_files
 from .shards import shard_file, state_file
 
@@ -49,7 +49,7 @@ class Cache:
             raise CacheError(
                 f"{self._rows_file}: damaged: {error}. It names the cache's rows: restore it from a copy."
             ) from None
-        except failures() as error:
+        except storage_errors() as error:
             why = getattr(error, "strerror", None) or error
             raise CacheError(f"{self._rows_file}: {why}. Choose a folder that can be read and written.") from None
         self.clip_ids: list[str] = held.get("clip_id", [])

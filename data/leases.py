@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
-from .places import failures, names, read_bytes
+from .places import names, read_bytes, storage_errors
 from .publish import MACHINE, create, is_running, publish
 
 BEAT_S = 10.0
@@ -128,6 +128,6 @@ class Leases:
             beat += 1
             for name, mine in list(self._held.items()):
                 # A full disk, or a store that does not answer: if it lasts, publishing says so.
-                with self._lock, suppress(*failures()):
+                with self._lock, suppress(*storage_errors()):
                     if name in self._held and self._is_mine(mine):
                         publish(mine, self._text(beat))

@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import MediaError
 from .media import EPSILON_S, Frame, cause
-from .places import failures, is_local, names, read_bytes
+from .places import is_local, names, read_bytes, storage_errors
 
 if TYPE_CHECKING:
     import av
@@ -169,7 +169,7 @@ class FrameFolder:
         """Return one file's bytes."""
         try:
             return read_bytes(self.path / self.name(number))
-        except failures() as error:
+        except storage_errors() as error:
             raise MediaError(f"{self.path / self.name(number)}: {cause(error)}. Fetch it again.") from None
 
     def name(self, number: int) -> str:
@@ -189,7 +189,7 @@ class FrameFolder:
             return _listed(self.path, self.path.stat().st_mtime_ns if is_local(self.path) else 0)
         except FileNotFoundError:
             raise MediaError(f"{self.path}: no such folder. Put it there, or correct the clip table.") from None
-        except failures() as error:
+        except storage_errors() as error:
             raise MediaError(f"{self.path}: cannot be listed: {cause(error)}. Make the folder readable.") from None
 
 

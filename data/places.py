@@ -86,7 +86,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return a whole file, by one request; raises what `failures` names."""
+    """Return a whole file, by one request; raises what `storage_errors` names."""
     return path.read_bytes() if is_local(path) else path.fs.cat_file(path.path)
 
 
@@ -100,7 +100,7 @@ def names(folder: Path) -> list[str]:
         return []
 
 
-def failures() -> tuple[type[Exception], ...]:
+def storage_errors() -> tuple[type[Exception], ...]:
     """Return what reading and writing may raise: OSError, and what the libraries in use for object stores add to it."""
     known = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))
     return (OSError, *(getattr(sys.modules[module], name) for module, name in known if module in sys.modules))
@@ -116,7 +116,7 @@ class StoredFile(io.RawIOBase):
             self._file = path.fs.open(path.path, "rb", block_size=BLOCK_BYTES, **cache)
         except FileNotFoundError:
             raise MediaError(f"{path}: no such file. Put it there, or correct the clip table.") from None
-        except failures() as error:
+        except storage_errors() as error:
             raise MediaError(f"{path}: cannot be opened: {error}. Give the command again.") from None
 
     def readable(self) -> bool:
@@ -139,7 +139,7 @@ class StoredFile(io.RawIOBase):
         """Fill a buffer as far as the file goes; return the number of bytes."""
         try:
             return self._file.readinto(buffer)
-        except failures() as error:
+        except storage_errors() as error:
             raise MediaError(f"{self.path}: cannot be read: {error}. Give the command again.") from None
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CacheError
-from .places import failures, is_local, read_bytes
+from .places import is_local, read_bytes, storage_errors
 
 # Bytes, or anything that holds bytes, such as an Arrow buffer.
 Buffer = bytes | memoryview | Any
@@ -36,7 +36,7 @@ def _blaming(path: Path) -> Iterator[None]:
         yield
     except CacheError:
         raise
-    except failures() as error:
+    except storage_errors() as error:
         why = getattr(error, "strerror", None) or error
         raise CacheError(
             f"{path}: cannot be written: {why}. Free space there, or choose a folder that can be written."
