@@ -172,9 +172,11 @@ def _sources(
     """Return the sources of all modalities as written, from the columns or, where there is none, from patterns."""
     patterns = {name: getattr(data, f"{name}_files") for name in ("video", *SOURCES)}
     patterns["video"] = patterns["video"] or usual
-    named = zip(_cells(text, "video_id"), _cells(text, "video"), strict=True)
-    ids = [video_id or Path(video).stem for video_id, video in named]
-    fields = list(zip(ids, _cells(text, "participant"), text.columns["clip_id"], strict=True))
+    fields = []
+    if any(pattern and name not in text.columns for name, pattern in patterns.items()):
+        named = zip(_cells(text, "video_id"), _cells(text, "video"), strict=True)
+        ids = [video_id or Path(video).stem for video_id, video in named]
+        fields = list(zip(ids, _cells(text, "participant"), text.columns["clip_id"], strict=True))
     out: dict[str, list[str | None]] = {}
     for name, pattern in patterns.items():
         if name in text.columns:

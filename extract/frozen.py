@@ -40,7 +40,8 @@ def record_backbones(
     records = {}
     for modality in modalities:
         request = backbone_request(modality, data, config)
-        record_backbone(cache, request, build_frozen(modality, data, config))
+        name = getattr(config, modality).name
+        record_backbone(cache, request, name, build_frozen(modality, data, config))
         records[modality] = recorded_backbone(cache, request)
     return records
 

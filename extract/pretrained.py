@@ -90,6 +90,7 @@ def build_pretrained(model: str, modality: str, input_shape: tuple[int, ...], wi
         import transformers
     except ImportError:
         raise InstallationError("hf: backbones need transformers. Install it: pip install 'karmma[hf]'.") from None
+    transformers.logging.disable_progress_bar()  # ours is enough
     is_folder = Path(model).is_dir()
     where = {"trust_remote_code": False, "local_files_only": is_folder}
     try:

@@ -31,11 +31,11 @@ def plugged_in() -> EntryPoints:
 def backbone_request(modality: str, data: DataConfig, config: ExtractConfig) -> dict[str, Any]:
     """Return all that decides a backbone's tensors: name, input shape, and the weights by content."""
     chosen: BackboneConfig = getattr(config, modality)
-    request = {"name": chosen.name, "modality": modality, "input_shape": list(data.input_shape(modality))}
+    request = {"name": _shown(chosen.name), "modality": modality, "input_shape": list(data.input_shape(modality))}
     request["libraries"] = {name: version(name) for name in _libraries(chosen.name)}
     folder = hub_folder(chosen.name)
     if folder is not None:
-        request["name"] = _files_digest(folder)
+        request["files"] = _files_digest(folder)
     if chosen.weights == "none":
         return {**request, "weights": f"none, seed {config.seed}"}
     if chosen.weights in NAMED_WEIGHTS:
@@ -52,9 +52,19 @@ def backbone_request(modality: str, data: DataConfig, config: ExtractConfig) -> 
 
 
 def hub_folder(name: str) -> Path | None:
-    """Return the folder of a backbone hf:<folder>; None for any other name."""
+    """Return the folder of a backbone hf:<folder>; None for any other name.  Raises ConfigError if it holds no model."""
     family, _, model = name.partition(":")
-    return Path(model) if family == "hf" and Path(model).is_dir() else None
+    if family != "hf" or not Path(model).is_dir():
+        return None
+    if not (Path(model) / "config.json").is_file():
+        raise ConfigError(f"{name}: no config.json in this folder. Name one that save_pretrained wrote.")
+    return Path(model)
+
+
+def _shown(name: str) -> str:
+    """Return a backbone's name, for a folder the kind of model that it holds: no path belongs to an identity."""
+    folder = hub_folder(name)
+    return name if folder is None else f"hf:{read_json(folder / 'config.json').get('model_type')}"
 
 
 def _libraries(name: str) -> list[str]:
@@ -83,9 +93,9 @@ def recorded_backbone(cache: Cache, request: dict[str, Any]) -> dict[str, Any] |
     return read_json(path) if path.exists() else None
 
 
-def record_backbone(cache: Cache, request: dict[str, Any], backbone: "Backbone") -> None:
-    """Record what a request's backbone turned out to be."""
-    found = {"backbone": backbone_identity(request["name"], backbone), "shape": [backbone.n_tokens, backbone.width]}
+def record_backbone(cache: Cache, request: dict[str, Any], name: str, backbone: "Backbone") -> None:
+    """Record what the backbone of a request turned out to be; `name` is the one in the settings."""
+    found = {"backbone": backbone_identity(name, backbone), "shape": [backbone.n_tokens, backbone.width]}
     publish_json(_record(cache, request), {"request": request, **found})
 
 
@@ -94,10 +104,8 @@ def backbone_identity(name: str, backbone: "Backbone") -> dict[str, Any]:
 
     A class from another package has its version there too: what it computes may change where its tensors do not.
     """
-    folder = hub_folder(name)
-    shown = name if folder is None else f"hf:{read_json(folder / 'config.json').get('model_type')}"
     code = [f"{point.dist.name} {point.dist.version}" for point in plugged_in() if point.name == name and point.dist]
-    about = {"name": shown, "weights": tensors_digest(backbone.state_dict())}
+    about = {"name": _shown(name), "weights": tensors_digest(backbone.state_dict())}
     return {**about, "code": code[0]} if code else about
 
 
