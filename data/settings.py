@@ -91,8 +91,19 @@ def rooted(written: dict[str, Any], folder: Path) -> dict[str, Any]:
         for name, value in part.items() if isinstance(part, dict) else ():
             if section == "data" and name in PATHS and isinstance(value, str) and not is_address(value):
                 part[name] = str(folder / value)
-            elif isinstance(value, dict) and (folder / str(value.get("weights"))).is_file():
-                part[name] = {**value, "weights": str(folder / value["weights"])}
+            elif isinstance(value, dict):
+                part[name] = rooted_backbone(value, folder)
+    return out
+
+
+def rooted_backbone(written: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a backbone's settings with weights that are a file, or a name hf:<folder>, below a folder."""
+    out = dict(written)
+    if (folder / str(written.get("weights"))).is_file():
+        out["weights"] = str(folder / written["weights"])
+    family, _, model = str(written.get("name")).partition(":")
+    if family == "hf" and model and (folder / model).is_dir():
+        out["name"] = f"hf:{folder / model}"
     return out
 
 

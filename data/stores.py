@@ -9,6 +9,7 @@ import numpy as np
 import zarr
 
 from .errors import CacheError, IncompleteCacheError, KarmmaError
+from .identity import FORMAT
 from .modality import PRESENT, UNWRITTEN
 from .places import place, read_bytes, zarr_store
 from .publish import publish, publish_folder, read_json
@@ -18,7 +19,11 @@ from .shards import ShardFiles, decode_shard, encode_shard, shard_file, state_fi
 def _opened(path: Path) -> zarr.Group:
     if not (path / "zarr.json").exists():
         raise CacheError(f"{path}: no such store. Run the command that makes it, or name another.")
-    return zarr.open_group(**zarr_store(path), mode="r", use_consolidated=False)
+    group = zarr.open_group(**zarr_store(path), mode="r", use_consolidated=False)
+    found = {**group.attrs, **group.attrs.get("identity", {})}.get("format", FORMAT)
+    if found > FORMAT:
+        raise CacheError(f"{path}: has format {found}, this version reads up to {FORMAT}. Install a newer karmma.")
+    return group
 
 
 def _sum(values: np.ndarray) -> str:
@@ -202,7 +207,7 @@ class LogitStore:
         sums = {name: _sum(values) for name, values in arrays.items()}
 
         def fill(folder: Path) -> None:
-            about = {**attributes, "sha256": sums}
+            about = {**attributes, "format": FORMAT, "sha256": sums}
             group = zarr.open_group(str(folder), mode="w", zarr_format=3, attributes=about)
             for name, values in arrays.items():
                 names = ("clip", "view", "class")[: values.ndim]

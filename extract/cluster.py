@@ -18,7 +18,8 @@ from ..data.config import DataConfig
 from ..data.errors import ClusterError, KarmmaError
 from ..data.places import is_address
 from ..data.plan import Order
-from .config import ExtractConfig
+from ..data.settings import rooted_backbone
+from .config import BackboneConfig, ExtractConfig
 from .engine import Engine
 
 # Times that a shard is tried whose worker was lost.
@@ -111,7 +112,6 @@ def _rooted(model: Any) -> Any:
     for name, value in model:
         if isinstance(value, Path) and not is_address(value):
             changed[name] = value.absolute()
-        weights = getattr(value, "weights", None)
-        if weights and Path(weights).is_file():
-            changed[name] = value.model_copy(update={"weights": str(Path(weights).absolute())})
+        if isinstance(value, BackboneConfig):
+            changed[name] = BackboneConfig(**rooted_backbone(value.model_dump(), Path.cwd()))
     return model.model_copy(update=changed)

@@ -97,15 +97,20 @@ def test_missing_and_malformed_settings_files_are_named(tmp_path):
 
 def test_paths_in_a_settings_file_are_relative_to_it(tmp_path):
     (tmp_path / "w.safetensors").touch()
+    (tmp_path / "whisper").mkdir()
     written = {
         "preset": "tiny",
-        "data": {"table": "clips.csv"},
-        "extract": {"video": {"weights": "w.safetensors"}, "audio": {"weights": "none"}},
+        "data": {"table": "clips.csv", "cache": "s3://bucket/cache"},
+        "extract": {
+            "video": {"name": "swin3d_t", "weights": "w.safetensors"},
+            "audio": {"name": "hf:whisper", "weights": "none"},
+        },
     }
     found = rooted(written, tmp_path)
     assert found["data"]["table"] == str(tmp_path / "clips.csv")
-    assert found["extract"]["video"]["weights"] == str(tmp_path / "w.safetensors")
-    assert found["extract"]["audio"]["weights"] == "none"
+    assert found["data"]["cache"] == "s3://bucket/cache"
+    assert found["extract"]["video"] == {"name": "swin3d_t", "weights": str(tmp_path / "w.safetensors")}
+    assert found["extract"]["audio"] == {"name": f"hf:{tmp_path / 'whisper'}", "weights": "none"}
 
 
 def test_assignment_without_value_is_refused():
