@@ -102,9 +102,10 @@ class FusedWindowAttention(ShiftedWindowAttention3d):
         bias = self.position_bias()
         kinds = [count * batch for count in self.plan.n_windows]
         parts = zip(*(tensor.split(kinds) for tensor in qkv), self.plan.mask, strict=True)
-        out = torch.cat([self._attend(q, k, v, bias + mask) for q, k, v, mask in parts])
-        out = F.dropout(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
-        return self.plan.join(out, batch)
+        # The fused kernel's output has its heads side by side in memory: flattened here, it is copied at most once.
+        out = [self._attend(q, k, v, bias + mask).transpose(1, 2).flatten(2) for q, k, v, mask in parts]
+        joined = self.proj(out[0] if len(out) == 1 else torch.cat(out))
+        return self.plan.join(F.dropout(joined, self.dropout, self.training), batch)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """softmax(q k' / sqrt(d) + bias) v for q, k, v [windows, heads, n, d] and one bias [heads, n, n]."""
