@@ -9,11 +9,12 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
-from .cli_options import DAMAGED, Settings, out, tell, tell_some, with_options
+from .cli_options import DAMAGED, SOME_FAILED, Settings, out, tell, tell_some, with_options
 from .data.cache import Cache
-from .data.errors import CacheError
+from .data.errors import CacheError, nearest
 from .data.inventory import StoreInfo, prune, take_inventory, unused
 from .data.progress import watched
+from .data.publish import remove
 
 cache_app = typer.Typer(help="Look at, verify, merge, adopt, prune, export and import caches.", no_args_is_help=True)
 
@@ -71,10 +72,17 @@ def verify(
         tell(f"{cache.path}: {n_shards} shards and all logits are sound.")
         return
     if drop:
-        for found in damage:
-            if found.shard is not None:
-                cache.drop_receipt(*found.shard)
-        tell("The damaged shards count as not there now. Next: karmma extract")
+        shards, logits = (
+            {found for found in (getattr(d, kind) for d in damage) if found} for kind in ("shard", "logits")
+        )
+        for shard in shards:
+            cache.drop_receipt(*shard)
+        for teacher in logits:
+            remove(cache.logits_path(teacher))
+        if shards:
+            tell(f"{len(shards)} damaged shards count as not there now. Next: karmma extract")
+        if logits:
+            tell(f"Removed logits of {', '.join(sorted(logits))}. Next: karmma train-teacher, or import them again")
     else:
         tell(f"{len(damage)} damaged. Forget them with karmma cache verify --drop, then run karmma extract.")
     raise typer.Exit(DAMAGED)
@@ -149,14 +157,20 @@ def export(
     from .data.exchange import export_tokens
 
     cache = Cache.open(settings.data.cache)
-    stores = {m: _chosen(cache, m, tokens) for m in settings.data.modalities if cache.identities(m)}
+    known = {name for _, name in cache.all_identities()}
+    for unknown in set(tokens) - known:
+        raise CacheError(f"{cache.path}: no tokens {unknown!r}. {nearest(unknown, known)}")
+    begun = {m: [name for name in cache.identities(m) if cache.n_views(m, name)] for m in settings.data.modalities}
+    stores = {modality: _chosen(cache, modality, names, tokens) for modality, names in begun.items() if names}
+    if not stores and teacher is None:
+        asked = ", ".join(settings.data.modalities)
+        raise CacheError(f"{cache.path}: no tokens of {asked} here. Name others with --modality, or a --teacher.")
     n_clips = export_tokens(cache, stores, teacher, file)
     tell(f"Wrote {file}: {', '.join(stores)} of {n_clips} clips{f', logits of {teacher}' if teacher else ''}.")
 
 
-def _chosen(cache: Cache, modality: str, names: list[str]) -> str:
-    known = list(cache.identities(modality))
-    named = [name for name in names if name in known] or known
+def _chosen(cache: Cache, modality: str, known: list[str], asked: list[str]) -> str:
+    named = [name for name in known if name in asked] or known
     if len(named) > 1:
         said = ", ".join(named)
         raise CacheError(f"{cache.path}: {len(named)} sets of {modality} tokens: {said}. Choose with --tokens.")
@@ -172,15 +186,21 @@ def take_in(
     name: Annotated[str | None, typer.Option(help="what to call a teacher (default: the file's name)")] = None,
 ) -> None:
     """Take in features made elsewhere, to train a teacher on, or a foreign teacher's logits, to distil from."""
-    from .data.exchange import import_logits, import_tokens, open_foreign
+    from .data.exchange import import_logits, import_tokens
+    from .data.foreign import open_foreign
 
     table, cache = settings.table(), Cache(settings.data.cache)
+    failed: list[str] = []
     with open_foreign(file, table) as foreign:
         if foreign.n_unknown:
             tell(f"{foreign.n_unknown} clips of {file} are not in {table.path} and are left out.")
         for modality in foreign.modalities:
             digest, n_rows = import_tokens(cache, foreign, modality, settings.extract.shard_rows)
             tell(f"{modality}: {n_rows} rows are now tokens {digest}.")
+            found = cache.failures(modality, digest, table.clip_ids)
+            failed += [f"failed: {modality} of {clip_id}: {reason}" for clip_id, reason in found.items()]
         if foreign.has_logits:
             teacher, n_rows = import_logits(cache, foreign, name or file.stem)
             tell(f"{n_rows} logits are now teacher {teacher}. Next: karmma distill --teacher {teacher}")
+    tell_some(failed)
+    raise typer.Exit(SOME_FAILED if failed else 0)

@@ -1,6 +1,7 @@
 """The cache folder: its own row order, the stores it holds, and the receipts that say which shards exist."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,13 +17,16 @@ from .config import digest
 from .errors import CacheError, IncompleteCacheError
 from .leases import Leases
 from .modality import MODALITIES
-from .places import place, read_bytes, sizes, storage_errors
+from .places import names, place, read_bytes, sizes, storage_errors
 from .publish import publish, publish_json, read_json, read_json_files
 from .shards import shard_file, state_file
 
 ROWS = "clips.parquet"
-# What a receipt has to say of its shard; one that does not is none.
-RECEIPT = {"bytes", "sha256", "state_sha256", "first_row", "rows", "counts", "failures"}
+COLUMNS = ["clip_id", "sources", "labels"]
+# What a receipt has to say of its shard, and in which form; one that does not is none.
+RECEIPT = {
+    "bytes": int, "sha256": str, "state_sha256": str, "first_row": int, "rows": list, "counts": dict, "failures": list
+}  # fmt: skip
 
 
 class Cache:
@@ -42,14 +46,17 @@ class Cache:
 
     def _read_rows(self) -> None:
         try:
-            held = pq.read_table(pa.BufferReader(read_bytes(self._rows_file))).to_pydict()
+            source = pa.BufferReader(read_bytes(self._rows_file))
+            held = pq.read_table(source, page_checksum_verification=True).to_pydict()
+            if list(held) != COLUMNS:
+                raise pa.ArrowInvalid(f"its columns are {', '.join(held)}, expected {', '.join(COLUMNS)}")
         except FileNotFoundError:
             held = {}
         except pa.ArrowInvalid as error:
             raise CacheError(
                 f"{self._rows_file}: damaged: {error}. It names the cache's rows: restore it from a copy."
             ) from None
-        except storage_errors() as error:
+        except storage_errors() as error:  # a page that fails its checksum is an OSError too
             why = getattr(error, "strerror", None) or error
             raise CacheError(f"{self._rows_file}: {why}. Choose a folder that can be read and written.") from None
         self.clip_ids: list[str] = held.get("clip_id", [])
@@ -115,7 +122,7 @@ class Cache:
     def _write_rows(self) -> None:
         sink = pa.BufferOutputStream()
         columns = {"clip_id": self.clip_ids, "sources": self.sources, "labels": self.labels}
-        pq.write_table(pa.table(columns), sink)
+        pq.write_table(pa.table(columns), sink, write_page_checksum=True)
         publish(self._rows_file, sink.getvalue())
 
     def rows(self, clip_ids: Sequence[str]) -> np.ndarray:
@@ -148,8 +155,19 @@ class Cache:
 
     def identities(self, modality: str) -> dict[str, dict[str, Any]]:
         """Return the identity of every token store of a modality, by digest."""
-        folder = self.path / "receipts" / "tokens" / modality
-        return {file.parent.name: read_json(file) for file in sorted(folder.glob("*/identity.json"))}
+        files = sorted((self.path / "receipts" / "tokens" / modality).glob("*/identity.json"))
+        # A name with a dot is what a killed process was removing.
+        return {file.parent.name: read_json(file) for file in files if not file.parent.name.startswith(".")}
+
+    def store_names(self, modality: str) -> list[str]:
+        """Return the digests of a modality that anything is there of: an identity, a receipt or a store."""
+        stores = [name for name in names(self.path / "tokens" / modality) if name.endswith(".zarr")]
+        found = {name.removesuffix(".zarr") for name in stores if (self.path / "tokens" / modality / name).is_dir()}
+        for name in names(self.path / "receipts" / "tokens" / modality):
+            folder = self.receipts(modality, name)
+            if (folder / "identity.json").exists() or self.n_views(modality, name):
+                found.add(name)
+        return sorted(name for name in found if not name.startswith("."))
 
     def all_identities(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Return the identity of every token store, by (modality, digest)."""
@@ -171,7 +189,9 @@ class Cache:
             size = shard_file(store / "tokens", shard, view).stat().st_size
         except FileNotFoundError:
             return None
-        return found if found.keys() >= RECEIPT and size == found["bytes"] else None
+        except CacheError:  # no JSON
+            return None
+        return found if is_receipt(found) and size == found["bytes"] else None
 
     def write_receipt(self, modality: str, name: str, view: int, shard: int, receipt: dict[str, Any]) -> None:
         """Record that a shard is done; the last step of its making."""
@@ -183,20 +203,25 @@ class Cache:
 
     def valid_receipts(self, modality: str, name: str, view: int) -> dict[int, dict[str, Any]]:
         """Return shard -> receipt of all shards of a view that exist, in order."""
-        found = read_json_files(self.receipts(modality, name) / f"view{view}")
+        found = self.found_receipts(modality, name, view)
         there = sizes(self.tokens_path(modality, name)) if found else {}
         whole = {}
-        for shard, receipt in sorted({int(stem): receipt for stem, receipt in found.items()}.items()):
+        for shard, receipt in found.items():
             tokens, state = shard_file(Path("tokens"), shard, view), state_file(Path("state"), shard, view)
-            is_there = state.as_posix() in there and there.get(tokens.as_posix()) == receipt.get("bytes")
-            if is_there and receipt.keys() >= RECEIPT:
+            if receipt and state.as_posix() in there and there.get(tokens.as_posix()) == receipt["bytes"]:
                 whole[shard] = receipt
         return whole
 
+    def found_receipts(self, modality: str, name: str, view: int) -> dict[int, dict[str, Any] | None]:
+        """Return shard -> receipt of a view, in order, of missing files too; None for a receipt that is damaged."""
+        found = read_json_files(self.receipts(modality, name) / f"view{view}")
+        ours = {int(stem): receipt for stem, receipt in found.items() if re.fullmatch("[0-9]+", stem)}
+        return {shard: receipt if is_receipt(receipt) else None for shard, receipt in sorted(ours.items())}
+
     def n_views(self, modality: str, name: str) -> int:
         """Return in how many views a store has receipts."""
-        folders = self.receipts(modality, name).glob("view*")
-        return max((int(folder.name.removeprefix("view")) + 1 for folder in folders), default=0)
+        views = [re.fullmatch("view([0-9]+)", found) for found in names(self.receipts(modality, name))]
+        return max((int(view[1]) + 1 for view in views if view), default=0)
 
     def held(self, modality: str, name: str, view: int) -> np.ndarray:
         """Return for every row [N] the digest under which a view's shards hold it, '' where they do not."""
@@ -232,6 +257,11 @@ class Cache:
                 f"allow them with --allow-failures {len(failures)}."
             )
         return failures
+
+
+def is_receipt(found: Any) -> bool:
+    """Say whether a JSON value says all that a receipt has to."""
+    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in RECEIPT.items())
 
 
 def source_digest(source: str) -> str:

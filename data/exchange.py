@@ -1,41 +1,27 @@
-"""Tokens and logits to and from HDF5: features from elsewhere train a teacher, a foreign teacher distils a student.
-
-    /clip_id             [N] text
-    /tokens/<modality>   [N, V, k, D], [N, k, D] or [N, D], any float; a row that is NaN is absent
-    /state/<modality>    [N, V] or [N] uint8: 0 not there, 1 present, 2 absent, 3 failed; may be left out
-    /logits/<head>       [N, V, classes] or [N, classes], any float; a row that is NaN is not there
-    /classes/<head>      [classes] text; may be left out if the classes are those of the table, in its order
-
-What this package exports also says, as attributes of a modality or of /logits, what the values were made from, and a
-checksum, so that importing it gives the same store again.
-"""
+"""Tokens and logits to and from HDF5: features from elsewhere train a teacher, a foreign teacher distils a student."""
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .annotations import ClipTable
 from .cache import Cache, table_digests
 from .config import digest
 from .drafts import open_store
-from .errors import CacheError, MediaError, nearest
+from .errors import CacheError, nearest
+from .foreign import ForeignFile, text_of, tokens_checksum
 from .identity import FORMAT
-from .modality import ABSENT, FAILED, PRESENT, UNWRITTEN, in_order
-from .packs import intact, member
+from .modality import ABSENT, FAILED, PRESENT, UNWRITTEN
 from .publish import written_by
 from .stores import LogitStore
 from .transfer import Row, StoredRows, fill_rows
 
 if TYPE_CHECKING:
     import h5py
-
-# Bytes of tokens that are held in memory at once.
-PIECE_BYTES = 2**26
 
 
 def export_tokens(cache: Cache, stores: dict[str, str], teacher: str | None, path: Path) -> int:
@@ -53,8 +39,10 @@ def export_tokens(cache: Cache, stores: dict[str, str], teacher: str | None, pat
             store = LogitStore.open(cache.logits_path(teacher))
             group = file.create_group("logits")
             group.attrs["about"] = json.dumps(store.attributes)
+            current = store.is_made_from(np.arange(store.n_clips), cache.row_digests()[: store.n_clips])
             for head in store.heads:
-                group[head] = _whole(store.values(head), cache.n_clips)
+                values = np.where(current[:, None, None], store.values(head), np.float32(np.nan))
+                group[head] = _whole(values, cache.n_clips)
                 classes = list(map(str, store.attributes["classes"][head]))
                 file.create_dataset(f"classes/{head}", data=classes, dtype=h5py.string_dtype())
     return cache.n_clips
@@ -62,80 +50,30 @@ def export_tokens(cache: Cache, stores: dict[str, str], teacher: str | None, pat
 
 def _export_modality(cache: Cache, modality: str, name: str, file: "h5py.File") -> None:
     n_views = cache.n_views(modality, name)
+    if not n_views:
+        raise CacheError(f"{cache.path}: no shard of the {modality} tokens {name} is there. Run karmma extract.")
     views = [StoredRows(cache, modality, name, view) for view in range(n_views)]
     k, width = views[0].store.k, views[0].store.width
     shape, chunk = (cache.n_clips, n_views, k, width), (1, 1, k, width)
     tokens = file.create_dataset(f"tokens/{modality}", shape, "f2", chunks=chunk, fillvalue=np.nan)
     tokens.attrs["identity"] = json.dumps(cache.identities(modality)[name])
-    state = file.create_dataset(f"state/{modality}", data=np.stack([rows.states() for rows in views], axis=1))
+    digests = cache.row_digests()
+    # A row that was made from other times than its clip has now is not there, for anybody who joins by clip id.
+    current = [cache.held(modality, name, view) == digests for view in range(n_views)]
+    states = [
+        np.where(now, rows.states(), UNWRITTEN).astype(np.uint8) for now, rows in zip(current, views, strict=True)
+    ]
+    state = file.create_dataset(f"state/{modality}", data=np.stack(states, axis=1))
     for view, rows in enumerate(views):
         (there,) = np.nonzero(state[:, view] == PRESENT)
         for row, (_, values, _) in zip(there.tolist(), rows.read(there), strict=True):
             tokens[row, view] = values
-    tokens.attrs["sha256"] = _checksum(tokens)
+    tokens.attrs["sha256"] = tokens_checksum(file, modality)
 
 
 def _whole(values: np.ndarray, n_clips: int) -> np.ndarray:
     """Return logits with a row of NaN for each clip that the cache has been given since."""
     return np.concatenate([values, np.full((n_clips - len(values), *values.shape[1:]), np.nan, values.dtype)])
-
-
-def _checksum(dataset: "h5py.Dataset") -> str:
-    """Return the SHA-256 of a dataset's values, read piece by piece."""
-    found, step = hashlib.sha256(), max(1, PIECE_BYTES // max(1, dataset[:1].nbytes))
-    for at in range(0, len(dataset), step):
-        found.update(np.ascontiguousarray(dataset[at : at + step]))
-    return found.hexdigest()
-
-
-class ForeignFile:
-    """An HDF5 file of tokens and logits; its clips are joined to a table by id."""
-
-    def __init__(self, path: Path, file: "h5py.File", table: ClipTable) -> None:
-        self.path, self.file, self.table = path, file, table
-        row_of = {clip_id: row for row, clip_id in enumerate(table.clip_ids.tolist())}
-        ids = [_text(value) for value in self.dataset("clip_id")[:]]
-        if len(set(ids)) < len(ids):
-            raise CacheError(f"{path}: clip_id names {len(ids) - len(set(ids))} clip(s) twice. Keep one row of each.")
-        self.rows = np.array([row_of.get(clip_id, -1) for clip_id in ids], np.int64)  # of the table; -1 unknown
-        if not (self.rows >= 0).any():
-            raise CacheError(f"{path}: none of its {len(ids)} clips is in {table.path}. Name the table it belongs to.")
-
-    def dataset(self, name: str) -> Any:
-        """Return a member of the file by its path; raises CacheError if it is not there or leads out of the file."""
-        found: Any = self.file
-        for part in name.split("/"):
-            found = member(self.path, found, part)
-        return found
-
-    @property
-    def modalities(self) -> list[str]:
-        """Modalities that the file has tokens of; raises CacheError if it has neither tokens nor logits."""
-        if "tokens" not in self.file and not self.has_logits:
-            raise CacheError(f"{self.path}: neither tokens nor logits in it. docs/cache.md says how such a file looks.")
-        return list(in_order(self.dataset("tokens"))) if "tokens" in self.file else []
-
-    @property
-    def has_logits(self) -> bool:
-        """Whether the file has a teacher's logits."""
-        return "logits" in self.file
-
-    @property
-    def n_unknown(self) -> int:
-        """Clips of the file that the table does not have."""
-        return int((self.rows < 0).sum())
-
-
-@contextmanager
-def open_foreign(path: Path, table: ClipTable) -> Iterator[ForeignFile]:
-    """Open a file of features for the clips of a table; raises CacheError if it is damaged or of another form."""
-    import h5py
-
-    try:
-        with intact(path), h5py.File(path, "r") as file:
-            yield ForeignFile(path, file, table)
-    except MediaError as error:
-        raise CacheError(str(error)) from None
 
 
 def import_tokens(cache: Cache, foreign: ForeignFile, modality: str, shard_rows: int) -> tuple[str, int]:
@@ -145,13 +83,15 @@ def import_tokens(cache: Cache, foreign: ForeignFile, modality: str, shard_rows:
     Raises CacheError if the shape does not fit, a checksum fails, or values are too large for float16.
     """
     tokens = foreign.dataset(f"tokens/{modality}")
-    if tokens.ndim not in (2, 3, 4) or tokens.dtype.kind != "f" or len(tokens) != len(foreign.rows):
+    fits = tokens.ndim in (2, 3, 4) and tokens.dtype.kind == "f" and len(tokens) == len(foreign.rows)
+    if not fits or 0 in tokens.shape:
         raise CacheError(
             f"{foreign.path}: tokens/{modality} is {tokens.dtype} {list(tokens.shape)}, expected a float array "
             f"[{len(foreign.rows)}, views, k, D], or without views, or without views and k."
         )
-    cache.add_clips(foreign.table)
     n_views = tokens.shape[1] if tokens.ndim == 4 else 1
+    states = [_states(foreign, modality, tokens, view, n_views) for view in range(n_views)]
+    cache.add_clips(foreign.table)
     k, width = (1, *tokens.shape[-2:])[-2:] if tokens.ndim > 2 else (1, tokens.shape[1])
     identity = _identity(foreign, modality, tokens)
     name = digest(identity)
@@ -162,19 +102,25 @@ def import_tokens(cache: Cache, foreign: ForeignFile, modality: str, shard_rows:
     source[cache_rows] = known
     digests, n_taken = cache.row_digests(), 0
     for view in range(n_views):
-        state = _states(foreign, modality, tokens, view)
-        asked = np.where((source >= 0) & (state[source] != UNWRITTEN), digests, "")
+        state, held = states[view], cache.held(modality, name, view)
+        offered = (source >= 0) & (state[source] != UNWRITTEN)
+        # A failure is no better than the one that is here already.
+        offered &= (state[source] != FAILED) | (held != digests)
+        asked = np.where(offered, digests, "")
         read = _reader(tokens, state, source, view, (k, width))
         n_taken += fill_rows(cache, store, (modality, name, view), asked, read, {"imported_from": foreign.path.name})
     return name, n_taken
 
 
 def _identity(foreign: ForeignFile, modality: str, tokens: "h5py.Dataset") -> dict[str, Any]:
-    content = _checksum(tokens)
+    content = tokens_checksum(foreign.file, modality)
     if "identity" in tokens.attrs:
         if tokens.attrs.get("sha256") != content:
             raise CacheError(f"{foreign.path}: tokens/{modality} fails its checksum. Fetch or export the file again.")
-        return json.loads(tokens.attrs["identity"])
+        identity = json.loads(tokens.attrs["identity"])
+        if not isinstance(identity, dict) or identity.get("modality") != modality:
+            raise CacheError(f"{foreign.path}: tokens/{modality} have an identity of another kind. Export them again.")
+        return identity
     return {
         "format": FORMAT,
         "modality": modality,
@@ -190,11 +136,12 @@ def _view(array: Any, view: int, n_dims: int) -> Callable[[int], np.ndarray]:
     return (lambda row: array[row, view]) if array.ndim == n_dims else (lambda row: array[row])
 
 
-def _states(foreign: ForeignFile, modality: str, tokens: Any, view: int) -> np.ndarray:
+def _states(foreign: ForeignFile, modality: str, tokens: Any, view: int, n_views: int) -> np.ndarray:
     """Return the state [rows of the file] of a view; without states a row of NaN is absent."""
     if f"state/{modality}" in foreign.file:
         state = foreign.dataset(f"state/{modality}")[:]
-        if len(state) != len(foreign.rows) or not np.isin(state, (UNWRITTEN, PRESENT, ABSENT, FAILED)).all():
+        fits = state.shape in ((len(foreign.rows),), (len(foreign.rows), n_views))
+        if not fits or not np.isin(state, (UNWRITTEN, PRESENT, ABSENT, FAILED)).all():
             raise CacheError(f"{foreign.path}: state/{modality} must hold 0, 1, 2 or 3 for each clip and view.")
         return state[:, view] if state.ndim == 2 else state
     row = _view(tokens, view, 4)
@@ -220,12 +167,17 @@ def import_logits(cache: Cache, foreign: ForeignFile, run: str) -> tuple[str, in
     run: the name by which `karmma distill --teacher` may call it.  Classes are put into the order of the table's;
     raises CacheError if one of them is missing, or the number does not fit where the file does not name them.
     """
-    cache.add_clips(foreign.table)
     known = np.flatnonzero(foreign.rows >= 0)
+    found = {head: _head(foreign, head)[known] for head in foreign.table.heads}
+    if len({values.shape[1] for values in found.values()}) > 1:
+        said = ", ".join(f"logits/{head} {values.shape[1]}" for head, values in found.items())
+        raise CacheError(f"{foreign.path}: heads differ in their number of views: {said}. Write the same of each.")
+    if not np.all([np.isfinite(values).all(axis=2) for values in found.values()], axis=0).any():
+        raise CacheError(f"{foreign.path}: logits of no clip of {foreign.table.path} are all there: NaN. Export again.")
+    cache.add_clips(foreign.table)
     rows = cache.rows(foreign.table.clip_ids[foreign.rows[known]])
     logits = {}
-    for head in foreign.table.heads:
-        values = _head(foreign, head)[known]
+    for head, values in found.items():
         logits[head] = np.full((cache.n_clips, *values.shape[1:]), np.nan, np.float32)
         logits[head][rows] = values
     finite = np.all([np.isfinite(values).all(axis=2) for values in logits.values()], axis=0)
@@ -235,8 +187,8 @@ def import_logits(cache: Cache, foreign: ForeignFile, run: str) -> tuple[str, in
     made_from[rows] = table_digests(foreign.table)[foreign.rows[known]]
     content = hashlib.sha256(b"".join(np.ascontiguousarray(values).tobytes() for values in logits.values()))
     about = {"run": run, "inputs": {}, "tokens": {}, "imported": foreign.path.name}
-    if "about" in foreign.dataset("logits").attrs:
-        about = json.loads(foreign.dataset("logits").attrs["about"])
+    if "about" in foreign.group("logits").attrs:
+        about = _about(foreign)
     about["classes"] = {head: list(foreign.table.classes(head)) for head in logits}
     about["teacher"] = about.get("teacher") or content.hexdigest()[:16]
     state = np.where(finite, PRESENT, UNWRITTEN)
@@ -244,14 +196,32 @@ def import_logits(cache: Cache, foreign: ForeignFile, run: str) -> tuple[str, in
     return about["teacher"], int(finite.sum())
 
 
+def _about(foreign: ForeignFile) -> dict[str, Any]:
+    """Return what this package said of the logits when it exported them: their digest names a folder of the cache."""
+    try:
+        about = json.loads(foreign.group("logits").attrs["about"])
+    except ValueError as error:
+        raise CacheError(f"{foreign.path}: what it says of its logits is damaged: {error}. Export again.") from None
+    teacher = about.get("teacher") if isinstance(about, dict) else None
+    if not isinstance(teacher, str) or not re.fullmatch("[0-9a-z]{16}", teacher):
+        raise CacheError(f"{foreign.path}: names its teacher {teacher!r}, expected a digest. Export it again.")
+    return about
+
+
 def _head(foreign: ForeignFile, head: str) -> np.ndarray:
     """Return the logits [rows of the file, V, classes of the table] of one head."""
-    values = foreign.dataset(f"logits/{head}")[:].astype(np.float32)
+    dataset = foreign.dataset(f"logits/{head}")
+    if dataset.dtype.kind not in "fiu":
+        raise CacheError(f"{foreign.path}: logits/{head} is {dataset.dtype}, expected numbers.")
+    with np.errstate(over="ignore"):
+        values = dataset[:].astype(np.float32)
+    if np.isinf(values).any():
+        raise CacheError(f"{foreign.path}: logits/{head} has values that are infinite. Export it again.")
     values = values[:, None] if values.ndim == 2 else values
     wanted = list(foreign.table.classes(head))
     names = wanted
     if f"classes/{head}" in foreign.file:
-        names = [_text(value) for value in foreign.dataset(f"classes/{head}")[:]]
+        names = [text_of(value) for value in foreign.dataset(f"classes/{head}")[:]]
         for name in set(wanted) - set(names):
             raise CacheError(f"{foreign.path}: no logits of the {head} {name!r}. {nearest(name, names)}")
     if values.ndim != 3 or values.shape[::2] != (len(foreign.rows), len(names)):
@@ -260,7 +230,3 @@ def _head(foreign: ForeignFile, head: str) -> np.ndarray:
             f"[{len(foreign.rows)}, views, {len(names)}]. Name classes that are not the table's in classes/{head}."
         )
     return values[..., [names.index(name) for name in wanted]]
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from .cache import Cache
-from .modality import PRESENT
-from .places import place, sizes
+from .errors import CacheError
+from .modality import MODALITIES, PRESENT
+from .places import exists, place, sizes
 from .publish import read_json, remove
 from .runs import RunFolder
 from .stores import LogitStore, TokenStore
@@ -48,7 +49,9 @@ class StoreInfo:
 
 def take_inventory(cache: Cache) -> list[StoreInfo]:
     """List every store of a cache: tokens by modality, then logits."""
-    tokens = [_tokens(cache, *key, identity) for key, identity in cache.all_identities().items()]
+    known = cache.all_identities()
+    names = [(modality, name) for modality in MODALITIES for name in cache.store_names(modality)]
+    tokens = [_tokens(cache, *key, known.get(key)) for key in names]
     return [*filter(None, tokens), *(_logits(cache, name) for name in logit_names(cache))]
 
 
@@ -57,7 +60,7 @@ def logit_names(cache: Cache) -> list[str]:
     return sorted(path.parent.name.removesuffix(".zarr") for path in (cache.path / "logits").glob("*.zarr/zarr.json"))
 
 
-def _tokens(cache: Cache, modality: str, name: str, identity: dict[str, Any]) -> StoreInfo | None:
+def _tokens(cache: Cache, modality: str, name: str, identity: dict[str, Any] | None) -> StoreInfo | None:
     path = cache.tokens_path(modality, name)
     if not (path / "zarr.json").exists():
         return None
@@ -68,7 +71,9 @@ def _tokens(cache: Cache, modality: str, name: str, identity: dict[str, Any]) ->
     n_current = int((cache.held(modality, name, 0) == cache.row_digests()).sum())
     n_bytes = sum(sizes(path).values()) + sum(sizes(cache.receipts(modality, name)).values())
     shape = (store.n_clips, store.n_views, store.k, store.width)
-    return StoreInfo(modality, name, _said(identity), shape, store.n_views, cache.n_clips, n_current, n_bytes, counts)
+    made_from = _said(identity) if identity else "nobody knows: its identity is lost"
+    n_clips, said = cache.n_clips, dict(counts)
+    return StoreInfo(modality, name, made_from, shape, store.n_views, n_clips, n_current, n_bytes, said)
 
 
 def _said(identity: dict[str, Any]) -> str:
@@ -86,26 +91,35 @@ def _logits(cache: Cache, name: str) -> StoreInfo:
     n_bytes = sum(sizes(store.path).values())
     made_from = f"{store.attributes['run']}: {classes}"
     shape = (store.n_clips, store.n_views)
-    return StoreInfo(
-        LOGITS, name, made_from, shape, store.n_views, cache.n_clips, int(current.sum()), n_bytes, counts
-    )
+    return StoreInfo(LOGITS, name, made_from, shape, store.n_views, cache.n_clips, int(current.sum()), n_bytes, counts)
 
 
 def unused(cache: Cache, stores: Iterable[StoreInfo], runs: Path) -> list[StoreInfo]:
     """Return the stores that no run folder in `runs` refers to, by what its config and its result say.
 
-    Raises CacheError if a run's file is damaged: nothing may be removed on the strength of it.
+    Raises CacheError if there is no such folder or a run's file is damaged: nothing may be removed on their strength.
     """
+    if not exists(place(runs)):  # else nothing would be in use
+        raise CacheError(f"{runs}: no such folder, so nothing can be said to be unused. Name the folder with --runs.")
     used: set[str] = set()
     for config in place(runs).glob("*/config.json"):
-        run = RunFolder(config.parent)
-        used |= {*run.config.get("tokens", {}).values(), str(run.config.get("teacher"))}
-        used |= {str(read_json(run.path / "result.json").get("teacher"))} if run.is_finished else set()
+        used |= _named_in(config)
+        used |= _named_in(config.with_name("result.json")) if RunFolder(config.parent).is_finished else set()
     # What a teacher in use was trained from is in use.
     for store in stores:
         if store.kind == LOGITS and store.name in used:
             used |= {*LogitStore.open(store.path(cache)).attributes["tokens"].values()}
     return [store for store in stores if store.name not in used]
+
+
+def _named_in(file: Path) -> set[str]:
+    """Return the digests that a run's config or result names."""
+    said = read_json(file)
+    if isinstance(said, dict):
+        tokens, teacher = said.get("tokens", {}), said.get("teacher", "")
+        if isinstance(tokens, dict) and isinstance(teacher, str):
+            return {*tokens.values(), teacher}
+    raise CacheError(f"{file}: damaged, not what a run writes. Mend it, or remove the run's folder.")
 
 
 def prune(cache: Cache, stores: Iterable[StoreInfo]) -> int:

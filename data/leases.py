@@ -44,8 +44,7 @@ class Leases:
         self._closing.set()
         if self._heart is not None:
             self._heart.join()
-        for name in list(self._held):
-            self.give_back(name)
+        self.give_back_all()
 
     def take(self, name: str) -> bool:
         """Take a lease; False if another owner who seems to be alive has it.
@@ -80,6 +79,11 @@ class Leases:
             mine = self._held.pop(name, None)
             if mine is not None and self._is_mine(mine):
                 mine.unlink(missing_ok=True)
+
+    def give_back_all(self) -> None:
+        """Let others have every lease that is still held."""
+        for name in list(self._held):
+            self.give_back(name)
 
     @contextmanager
     def waiting_for(self, name: str) -> Iterator[None]:

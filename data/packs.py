@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from .errors import MediaError, nearest
+from .errors import KarmmaError, MediaError, nearest
 from .numbered import FrameFolder, NumberedFrames
 from .places import StoredFile, is_local, place
 
@@ -77,7 +77,7 @@ def intact(path: Path) -> Iterator[None]:
     """Turn whatever HDF5 says of a damaged file into one MediaError."""
     try:
         yield
-    except MediaError:
+    except KarmmaError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise MediaError(f"{path}: cannot be read as HDF5: {error}. Fetch the pack again.") from None

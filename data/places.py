@@ -96,7 +96,7 @@ def names(folder: Path) -> list[str]:
         if is_local(folder):
             return sorted(os.listdir(folder))
         return sorted(name.rstrip("/").rpartition("/")[2] for name in folder.fs.ls(folder.path, detail=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -222,9 +222,17 @@ def _parsed(path: Path, text: bytes) -> Any:
 
 
 def read_json_files(folder: Path) -> dict[str, Any]:
-    """Return by stem the values of all .json files of a folder; none if there is no such folder."""
+    """Return by stem the values of all .json files of a folder, None of a damaged one; {} if there is no folder."""
     if is_local(folder):
-        return {file.stem: read_json(file) for file in folder.glob("*.json")}
-    files = [file for file in folder.fs.find(folder.path) if file.endswith(".json")]
-    texts = folder.fs.cat(files) if files else {}  # all at once: one answer may take as long as the other thousand
-    return {file.rpartition("/")[2].removesuffix(".json"): _parsed(folder, text) for file, text in texts.items()}
+        texts = {file.name: file.read_bytes() for file in folder.glob("*.json")}
+    else:
+        files = [file for file in folder.fs.find(folder.path) if file.endswith(".json")]
+        texts = folder.fs.cat(files) if files else {}  # all at once: one answer may take as long as the other thousand
+    found: dict[str, Any] = {}
+    for file, text in texts.items():
+        stem = file.rpartition("/")[2].removesuffix(".json")
+        try:
+            found[stem] = _parsed(folder, text)
+        except CacheError:
+            found[stem] = None
+    return found

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import zarr
 
+from .config import digest
 from .errors import CacheError, IncompleteCacheError, KarmmaError
 from .identity import FORMAT
 from .modality import PRESENT, UNWRITTEN
@@ -26,20 +29,38 @@ def _opened(path: Path) -> zarr.Group:
     return group
 
 
+@contextmanager
+def _described(path: Path) -> Iterator[None]:
+    """Turn whatever zarr says of a damaged store into one CacheError that names it."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CacheError(f"{path}: damaged: {error}. Run karmma cache verify.") from None
+
+
 def _sum(values: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8)).hexdigest()
+
+
+def _checksums(attributes: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, str]:
+    """Return by name the checksum of every array of a store, and under zarr.json that of its attributes."""
+    about = {name: value for name, value in attributes.items() if name != "sha256"}
+    return {"zarr.json": digest(about), **{name: _sum(values) for name, values in arrays.items()}}
 
 
 class TokenStore:
     """The tokens of one modality under one identity: `tokens` [N, V, k, D] float16 and `state` [N, V] uint8."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.group = path, _opened(path)
-        self.tokens, self.states = self.group["tokens"], self.group["state"]
-        self.n_clips, self.n_views, self.k, self.width = self.tokens.shape
-        self.shard_rows = (self.tokens.shards or self.tokens.chunks)[0]
-        plain = ShardFiles.understands(read_json(path / "tokens" / "zarr.json"))
-        self._files = ShardFiles(path / "tokens") if plain else None
+        with _described(path):
+            self.path, self.group = path, _opened(path)
+            self.tokens, self.states = self.group["tokens"], self.group["state"]
+            self.n_clips, self.n_views, self.k, self.width = self.tokens.shape
+            self.shard_rows = (self.tokens.shards or self.tokens.chunks)[0]
+            plain = ShardFiles.understands(read_json(path / "tokens" / "zarr.json"))
+            self._files = ShardFiles(path / "tokens") if plain else None
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -168,13 +189,14 @@ class LogitStore:
     """A teacher's logits: one array a head [N, V, classes] float32, and `state` [N, V] uint8."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.group = path, _opened(path)
-        self.attributes = dict(self.group.attrs)
-        self.heads = tuple(self.attributes["classes"])
-        self.states = np.asarray(self.group["state"][:])
-        self.made_from = np.asarray(self.group["made_from"][:])
-        self._logits = {head: np.asarray(self.group[head][:]) for head in self.heads}
-        self.n_clips, self.n_views = self.states.shape
+        with _described(path):
+            self.path, self.group = path, _opened(path)
+            self.attributes = dict(self.group.attrs)
+            self.heads = tuple(self.attributes["classes"])
+            self.states = np.asarray(self.group["state"][:])
+            self.made_from = np.asarray(self.group["made_from"][:])
+            self._logits = {head: np.asarray(self.group[head][:]) for head in self.heads}
+            self.n_clips, self.n_views = self.states.shape
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -204,14 +226,15 @@ class LogitStore:
         arrays = {head: values.astype(np.float32) for head, values in logits.items()}
         arrays["state"] = state.astype(np.uint8)
         arrays["made_from"] = np.array([int(text or "0", 16) for text in made_from], np.uint32)
-        sums = {name: _sum(values) for name, values in arrays.items()}
+        about = {**attributes, "format": FORMAT}
+        about["sha256"] = _checksums(about, arrays)
 
         def fill(folder: Path) -> None:
-            about = {**attributes, "format": FORMAT, "sha256": sums}
             group = zarr.open_group(str(folder), mode="w", zarr_format=3, attributes=about)
             for name, values in arrays.items():
                 names = ("clip", "view", "class")[: values.ndim]
-                group.create_array(name, data=values, chunks="auto", dimension_names=names)
+                # Uncompressed, as logits hardly compress: every byte then counts in the checksum.
+                group.create_array(name, data=values, chunks="auto", compressors=None, dimension_names=names)
 
         publish_folder(path, fill)
         return cls(path)
@@ -223,8 +246,9 @@ class LogitStore:
     def damaged(self) -> list[str]:
         """Return the names of the arrays that are not what was written."""
         arrays = {**self._logits, "state": self.states, "made_from": self.made_from}
-        wanted = self.attributes.get("sha256", {})
-        return [name for name, values in arrays.items() if _sum(values) != wanted.get(name)]
+        found, wanted = _checksums(self.attributes, arrays), self.attributes.get("sha256", {})
+        # The first stores of format 1 had no checksum of their attributes.
+        return sorted(name for name in {*arrays, *wanted} if found.get(name) != wanted.get(name))
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return logits head -> [n, classes] of (row, view) pairs; raises IncompleteCacheError if one is not there."""

@@ -9,7 +9,8 @@ import numpy as np
 from .cache import Cache
 from .drafts import ShardDraft, open_store, sound_shard
 from .errors import CacheError
-from .modality import FAILED, UNWRITTEN
+from .inventory import logit_names
+from .modality import FAILED, PRESENT, UNWRITTEN
 from .plan import ShardTask
 from .publish import publish_json, read_json_files
 from .stores import LogitStore, TokenStore
@@ -88,6 +89,8 @@ def merge(cache: Cache, other: Cache, advance: Callable[[int], object] = lambda 
     cache.add_rows(*([values[row] for row in new] for values in (other.clip_ids, other.sources, other.labels)))
     taken: dict[str, int] = {}
     for (modality, name), identity in other.all_identities().items():
+        if not other.n_views(modality, name):  # begun, no more
+            continue
         theirs = TokenStore.open(other.tokens_path(modality, name))
         shape = (cache.n_clips, theirs.n_views, theirs.k, theirs.width)
         store = open_store(cache, modality, name, identity, shape, theirs.shard_rows)
@@ -98,10 +101,12 @@ def merge(cache: Cache, other: Cache, advance: Callable[[int], object] = lambda 
             taken[f"{modality}/{name}"] = taken.get(f"{modality}/{name}", 0) + n
             advance(1)
     for stem, record in read_json_files(other.path / "receipts" / "backbones").items():
-        publish_json(cache.path / "receipts" / "backbones" / f"{stem}.json", record)
-    for path in sorted((other.path / "logits").glob("*.zarr")):
-        if not (cache.logits_path(path.stem) / "zarr.json").exists():
-            taken[f"logits/{path.stem}"] = _merge_logits(cache, other, path.stem)
+        file = cache.path / "receipts" / "backbones" / f"{stem}.json"
+        if record is not None and not file.exists():
+            publish_json(file, record)
+    for teacher in logit_names(other):
+        if not (cache.logits_path(teacher) / "zarr.json").exists():
+            taken[f"logits/{teacher}"] = _merge_logits(cache, other, teacher)
     return taken
 
 
@@ -120,6 +125,8 @@ def _merge_view(cache: Cache, store: TokenStore, other: Cache, place: tuple[str,
 def _merge_logits(cache: Cache, other: Cache, name: str) -> int:
     """Take over the logits of a teacher whom this cache does not know; return the number of clips."""
     store = LogitStore.open(other.logits_path(name))
+    if damaged := store.damaged():
+        raise CacheError(f"{store.path}: {', '.join(damaged)}: not what was written. Run karmma cache verify there.")
     rows = cache.rows(other.clip_ids[: store.n_clips])
 
     def moved(values: np.ndarray, empty: Any) -> np.ndarray:
@@ -130,4 +137,4 @@ def _merge_logits(cache: Cache, other: Cache, name: str) -> int:
     logits = {head: moved(store.values(head), np.nan) for head in store.heads}
     made_from = np.array([f"{number:08x}" if number else "" for number in moved(store.made_from, 0).tolist()])
     LogitStore.write(cache.logits_path(name), logits, moved(store.states, 0), made_from, store.attributes)
-    return store.n_clips
+    return int((store.states == PRESENT).any(axis=1).sum())

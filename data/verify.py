@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from .cache import Cache
+from .config import digest
 from .errors import CacheError
 from .inventory import logit_names
-from .modality import PRESENT, STATE_NAMES, UNWRITTEN
-from .publish import read_json_files
-from .shards import shard_file
+from .modality import MODALITIES, PRESENT, STATE_NAMES, UNWRITTEN
+from .publish import read_json
+from .shards import shard_file, state_file
 from .stores import LogitStore, TokenStore
 
 # Hashing frees the interpreter, so two threads keep two cores, or a disk, busy.
@@ -29,6 +30,7 @@ class Damage:
     reason: str
     clips: tuple[str, ...] = ()
     shard: tuple[str, str, int, int] | None = None  # modality, digest, view, number
+    logits: str | None = None  # teacher digest
 
     def __str__(self) -> str:
         """Return it as one line."""
@@ -43,71 +45,97 @@ def count_shards(cache: Cache) -> int:
 
 def verify(cache: Cache, advance: Callable[[], object] = lambda: None) -> Iterator[Damage]:
     """Read every shard that has a receipt, and all logits, and yield what is damaged; `advance` after each shard."""
+    yield from _wrong_identities(cache)
     with ThreadPoolExecutor(N_THREADS) as pool:
         for modality, name, view, receipts in _stores(cache):
             path = cache.tokens_path(modality, name)
             try:
                 store = TokenStore.open(path)
-            except (CacheError, ValueError, KeyError) as error:
-                yield Damage(path, f"cannot be opened: {error}")
+            except CacheError as error:
+                yield Damage(path, f"cannot be opened: {error}", _held(cache, modality, name, view))
                 continue
 
-            def check(item: tuple[str, Any], store: TokenStore = store, view: int = view) -> str:
-                return _wrong(store, view, int(item[0]), item[1])
+            def check(shard: int, store: TokenStore = store, view: int = view, found: dict = receipts) -> tuple:
+                return _wrong(store, view, shard, found[shard])
 
-            for (shard, receipt), reason in zip(receipts.items(), pool.map(check, receipts.items()), strict=True):
+            for shard, (file, reason) in zip(receipts, pool.map(check, receipts), strict=True):
                 advance()
                 if reason:
-                    file = shard_file(path / "tokens", int(shard), view)
-                    yield Damage(file, reason, _clips(cache, receipt), (modality, name, view, int(shard)))
+                    clips = _clips(cache, store, shard, receipts[shard])
+                    yield Damage(file, reason, clips, (modality, name, view, shard))
     for name in logit_names(cache):
-        yield from _wrong_logits(cache.logits_path(name))
+        yield from _wrong_logits(cache, name)
 
 
-def _stores(cache: Cache) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
+def _stores(cache: Cache) -> Iterator[tuple[str, str, int, dict[int, dict[str, Any] | None]]]:
     """Yield modality, digest, view and all receipts of a view, those of missing files too."""
-    for modality, name in cache.all_identities():
-        for view in range(cache.n_views(modality, name)):
-            found = read_json_files(cache.receipts(modality, name) / f"view{view}")
-            yield modality, name, view, dict(sorted(found.items(), key=lambda item: int(item[0])))
+    for modality in MODALITIES:
+        for name in cache.store_names(modality):
+            for view in range(cache.n_views(modality, name)):
+                yield modality, name, view, cache.found_receipts(modality, name, view)
 
 
-def _wrong(store: TokenStore, view: int, shard: int, receipt: dict[str, Any]) -> str:
-    """Return what is wrong with a shard; '' if nothing is."""
+def _wrong_identities(cache: Cache) -> Iterator[Damage]:
+    """Yield each identity that is not there or not the one whose digest names its store."""
+    for modality in MODALITIES:
+        for name in cache.store_names(modality):
+            file = cache.receipts(modality, name) / "identity.json"
+            try:
+                if digest(read_json(file)) != name:
+                    yield Damage(file, "is not what its store was made from. Delete it, then run karmma extract")
+            except FileNotFoundError:
+                yield Damage(file, "is missing: nothing says what the tokens are. Run karmma extract")
+            except CacheError as error:
+                yield Damage(file, str(error))
+
+
+def _wrong(store: TokenStore, view: int, shard: int, receipt: dict[str, Any] | None) -> tuple[Path, str]:
+    """Return what is wrong with a shard, '' if nothing is, and the file that is at fault."""
+    file = shard_file(store.path / "tokens", shard, view)
+    if receipt is None:
+        return file, "its receipt is damaged"
+    if receipt["first_row"] != shard * store.shard_rows:
+        return file, f"its receipt is of the shard from row {receipt['first_row']} on"
     try:
         data, state = store.read_shard(shard, view)
         if len(data) != receipt["bytes"]:
-            return f"has {len(data)} bytes, its receipt says {receipt['bytes']}"
+            return file, f"has {len(data)} bytes, its receipt says {receipt['bytes']}"
         if hashlib.sha256(data).hexdigest() != receipt["sha256"]:
-            return "fails its checksum"
+            return file, "fails its checksum"
         if hashlib.sha256(state).hexdigest() != receipt["state_sha256"]:
-            return "its state fails the checksum"
+            return state_file(store.path / "state", shard, view), "fails its checksum"
         tokens, states = store.decoded(data, state)
     except CacheError as error:
-        return str(error)
-    except KeyError as error:
-        return f"its receipt does not say {error}"
+        return file, str(error).removeprefix(f"{file}: ")
     counts = {name: int((states == state).sum()) for state, name in STATE_NAMES.items()}
     if {name: n for name, n in counts.items() if n} != receipt["counts"]:
-        return f"its states count {counts}, its receipt says {receipt['counts']}"
+        return file, f"its states count {counts}, its receipt says {receipt['counts']}"
     finite = np.isfinite(tokens).all(axis=(1, 2))
     if not np.array_equal(finite, states == PRESENT):
-        return "holds tokens of clips that are not present, or none of clips that are"
+        return file, "holds tokens of clips that are not present, or none of clips that are"
     asked = [bool(row) for row in receipt["rows"]]
-    return "" if np.array_equal(states[: len(asked)] != UNWRITTEN, asked) else "states and rows of its receipt differ"
+    same = np.array_equal(states[: len(asked)] != UNWRITTEN, asked)
+    return file, "" if same else "states and rows of its receipt differ"
 
 
-def _clips(cache: Cache, receipt: dict[str, Any]) -> tuple[str, ...]:
-    first = receipt.get("first_row", 0)
-    rows = (first + at for at, row in enumerate(receipt.get("rows", ())) if row)
-    return tuple(cache.clip_ids[row] for row in rows if row < cache.n_clips)
+def _clips(cache: Cache, store: TokenStore, shard: int, receipt: dict[str, Any] | None) -> tuple[str, ...]:
+    """Return the clips of a shard, by its place: all that may be in it, where the receipt does not tell."""
+    first = shard * store.shard_rows
+    rows = receipt["rows"] if receipt else ("?",) * store.shard_rows
+    return tuple(clip_id for clip_id, row in zip(cache.clip_ids[first:], rows, strict=False) if row)
 
 
-def _wrong_logits(path: Path) -> Iterator[Damage]:
+def _held(cache: Cache, modality: str, name: str, view: int) -> tuple[str, ...]:
+    held = cache.held(modality, name, view)
+    return tuple(clip_id for clip_id, row in zip(cache.clip_ids, held, strict=True) if row)
+
+
+def _wrong_logits(cache: Cache, name: str) -> Iterator[Damage]:
+    path, clips = cache.logits_path(name), tuple(cache.clip_ids)
     try:
         store = LogitStore.open(path)
-    except (CacheError, OSError, ValueError, KeyError) as error:
-        yield Damage(path, f"cannot be read: {error}")
+    except CacheError as error:
+        yield Damage(path, f"cannot be read: {str(error).removeprefix(f'{path}: ')}", clips, logits=name)
         return
     for array in store.damaged():
-        yield Damage(path / array, "fails its checksum. Remove the store and run karmma train-teacher again")
+        yield Damage(path / array, "fails its checksum", clips[: store.n_clips], logits=name)

@@ -16,6 +16,7 @@ from ..data.identity import differences
 from ..data.media import Reading
 from ..data.modality import PRESENT, STATE_NAMES
 from ..data.readers import ReaderPool
+from ..data.stores import TokenStore
 from ..data.transfer import StoredRows, fill_rows
 from .config import ExtractConfig
 from .frozen import FrozenBackbone, build_frozen
@@ -23,6 +24,8 @@ from .stage import open_stores
 
 # What float16 and another order of summation do stays far above; another resizing or another decoder far below.
 LEAST_COSINE = 0.9999
+# How far a token may be from the stored one, as a share of its length: the same angle, and nothing for another scale.
+LARGEST_DISTANCE = (2 * (1 - LEAST_COSINE)) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ def adopt_tokens(
 ) -> Adoption:
     """Copy the tokens of the store `name` to the identity that `data` and `config` have now, if a sample agrees.
 
-    n_sample: clips that are made anew, spread over the table.  Raises CacheError if there is no such store, if its
-    clips are not those of the table, or if one of the sample's tokens has a cosine below 0.9999 to the stored one.
+    n_sample: clips that are made anew in each view, spread over the table.  Raises CacheError if there is no such
+    store, if its clips are not those of the table, or if a token of the sample is not the stored one: a cosine below
+    0.9999, or as far away for its length.
     """
     known = {digest: modality for modality, digest in cache.all_identities()}
     if name not in known:
@@ -55,47 +59,71 @@ def adopt_tokens(
         raise CacheError(f"{cache.path}: {modality} tokens {name} have the identity asked for already. Use them so.")
     identities = cache.identities(modality)
     changes = differences(identities[name], identities[store.path.stem])
-    stored = StoredRows(cache, modality, name, 0)
-    if (stored.store.k, stored.store.width) != (store.k, store.width):
-        raise CacheError(f"{stored.store.path}: tokens of another shape ({'; '.join(changes)}). Extract again.")
-    cosine, error, n_sampled = _compare(cache, table, stored, modality, data, config, n_sample)
-    if not cosine >= LEAST_COSINE:
+    stored = [StoredRows(cache, modality, name, view) for view in range(cache.n_views(modality, name))]
+    theirs = TokenStore.open(cache.tokens_path(modality, name))
+    if (theirs.k, theirs.width) != (store.k, store.width):
+        raise CacheError(f"{theirs.path}: tokens of another shape ({'; '.join(changes)}). Extract again.")
+    cosine, distance, error, n_sampled = _compare(cache, table, stored, modality, data, config, n_sample)
+    if not (cosine >= LEAST_COSINE and distance <= LARGEST_DISTANCE):
         raise CacheError(
             f"{cache.path}: {modality} tokens {name} are not what is made now: of {n_sampled} clips the least cosine "
-            f"is {cosine:.5f}, expected {LEAST_COSINE} ({'; '.join(changes)}). Extract again."
+            f"is {cosine:.5f}, expected {LEAST_COSINE}, and the largest distance {distance:.5f} of a token's length, "
+            f"expected {LARGEST_DISTANCE:.5f} ({'; '.join(changes)}). Extract again."
         )
     about = {"adopted_from": name, "least_cosine": cosine, "largest_error": error, "clips_sampled": n_sampled}
     n_rows = 0
-    for view in range(cache.n_views(modality, name)):
-        rows = StoredRows(cache, modality, name, view)
+    for view, rows in enumerate(stored):
         place = (modality, store.path.stem, view)
         n_rows += fill_rows(cache, store.grown(1, view + 1), place, cache.held(modality, name, view), rows.read, about)
     return Adoption(store.path.stem, changes, n_sampled, cosine, error, n_rows)
 
 
 def _compare(
-    cache: Cache, table: ClipTable, stored: StoredRows, modality: str, data: DataConfig, config: ExtractConfig, n: int
-) -> tuple[float, float, int]:
-    """Make some clips anew; return the least cosine of a token, the largest difference of a value, and the number."""
-    rows = cache.rows(table.clip_ids)
-    held = cache.held(modality, stored.store.path.stem, 0)
-    usable = np.flatnonzero((stored.states()[rows] == PRESENT) & (held[rows] == cache.row_digests()[rows]))
-    if not len(usable):
-        raise CacheError(f"{stored.store.path}: holds no clip of {table.path} to compare with. Extract again.")
-    chosen = usable[np.unique(np.linspace(0, len(usable) - 1, n).round().astype(int))]
+    cache: Cache,
+    table: ClipTable,
+    stored: list[StoredRows],
+    modality: str,
+    data: DataConfig,
+    config: ExtractConfig,
+    n: int,
+) -> tuple[float, float, float, int]:
+    """Make some clips of every view anew.
+
+    Returns the least cosine of a token, the largest distance for its length, the largest difference of a value, and
+    the number of clips; a value that is not finite makes all of these not finite.
+    """
+    found, n_sampled = [], 0
     backbone = FrozenBackbone(modality, build_frozen(modality, data, config), config, choose_device(config.device))
-    cosine, error = 1.0, 0.0
     with ReaderPool(config.readers, data) as readers:
-        for at in range(0, len(chosen), config.batch_size):
-            batch = chosen[at : at + config.batch_size]
-            futures = readers.submit([(table.clip(row), 0, (modality,)) for row in batch])
-            arrays = {place: _array(future.result()[modality], modality) for place, future in enumerate(futures)}
-            for (_, old, _), new in zip(stored.read(rows[batch]), backbone.tokens(arrays).values(), strict=True):
-                old = old.astype(np.float32)
-                norms = np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1)
-                cosine = min(cosine, float(((old * new).sum(axis=1) / np.maximum(norms, 1e-12)).min()))
-                error = max(error, float(np.abs(old - new).max()))
-    return cosine, error, len(chosen)
+        for view, rows in enumerate(stored):
+            chosen = _chosen(cache, table, rows, n)
+            n_sampled = max(n_sampled, len(chosen))
+            for at in range(0, len(chosen), config.batch_size):
+                batch = chosen[at : at + config.batch_size]
+                futures = readers.submit([(table.clip(row), view, (modality,)) for row in batch])
+                arrays = {place: _array(future.result()[modality], modality) for place, future in enumerate(futures)}
+                olds = rows.read(cache.rows(table.clip_ids[batch]))
+                for (_, old, _), new in zip(olds, backbone.tokens(arrays).values(), strict=True):
+                    found.append(_difference(old.astype(np.float32), new))
+    if not found:
+        raise CacheError(f"{cache.path}: holds no clip of {table.path} to compare with. Extract again.")
+    cosines, distances, errors = np.array(found).T
+    return float(cosines.min()), float(distances.max()), float(errors.max()), n_sampled
+
+
+def _chosen(cache: Cache, table: ClipTable, stored: StoredRows, n: int) -> np.ndarray:
+    """Return n rows of the table, or fewer, spread over those that a view has as the table has them."""
+    rows = cache.rows(table.clip_ids)
+    held = cache.held(stored.store.path.parent.name, stored.store.path.stem, stored.view)
+    usable = np.flatnonzero((stored.states()[rows] == PRESENT) & (held[rows] == cache.row_digests()[rows]))
+    return usable[np.unique(np.linspace(0, len(usable) - 1, n).round().astype(int))] if len(usable) else usable
+
+
+def _difference(old: np.ndarray, new: np.ndarray) -> tuple[float, float, float]:
+    """Return the least cosine, the largest distance for the length, and the largest difference of tokens [k, D]."""
+    lengths, apart = np.linalg.norm([old, new], axis=2), np.linalg.norm(old - new, axis=1)
+    cosine = np.where(apart == 0, 1.0, (old * new).sum(axis=1) / np.maximum(lengths.prod(axis=0), 1e-12))
+    return cosine.min(), (apart / np.maximum(lengths.max(axis=0), 1e-12)).max(), np.abs(old - new).max()
 
 
 def _array(reading: Reading, modality: str) -> np.ndarray:

@@ -5,6 +5,7 @@ long as it lives.  What was done is known from the receipts in the cache, so any
 """
 
 import atexit
+import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import lru_cache
@@ -90,9 +91,9 @@ def make_order(order: Order, work: tuple[str, str, tuple]) -> tuple[int, list[Or
 @lru_cache(maxsize=1)
 def _engine(data: str, config: str, names: tuple[tuple[str, str], ...], device: str) -> Engine:
     """Return this worker's engine, which it keeps."""
-    chosen = ExtractConfig.model_validate_json(config)
+    chosen = ExtractConfig.model_validate(json.loads(config))
     chosen = chosen.model_copy(update={"device": device if chosen.device == "auto" else chosen.device})
-    engine = Engine(DataConfig.model_validate_json(data), chosen, dict(names)).__enter__()
+    engine = Engine(DataConfig.model_validate(json.loads(data)), chosen, dict(names)).__enter__()
     atexit.register(engine.__exit__)
     return engine
 

@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
@@ -99,17 +99,27 @@ class Engine:
         read-only, MemoryShortError if there is not enough memory; what was finished stays.
         """
         held: list[Order] = []
-        for shard, slot, readings in self._read(self._begun(orders, held)):
-            for modality, draft in shard.drafts.items():
-                mine = {at: readings[at].result()[modality] for at, names in slot.items() if modality in names}
-                self._put(draft, mine, shard.clips)
-                advance(len(mine))
-            shard.n_slots -= 1
-            if not shard.n_slots:
-                self._published()  # the one before: at most one waits in memory to be written
-                self._last = self.writer.submit(self._publish, shard, held)
-        self._published()
+        try:
+            for shard, slot, readings in self._read(self._begun(orders, held)):
+                for modality, draft in shard.drafts.items():
+                    mine = {at: readings[at].result()[modality] for at, names in slot.items() if modality in names}
+                    self._put(draft, mine, shard.clips)
+                    advance(len(mine))
+                shard.n_slots -= 1
+                if not shard.n_slots:
+                    self._published()  # the one before: at most one waits in memory to be written
+                    self._last = self.writer.submit(self._publish, shard, held)
+            self._published()
+        finally:
+            self._let_go()
         return held
+
+    def _let_go(self) -> None:
+        """After an error, let others make what was begun, and a later call begin anew."""
+        if self._last is not None:
+            wait([self._last])
+            self._last = None
+        self.leases.give_back_all()
 
     def _begun(self, orders: Iterable[Order], held: list[Order]) -> Iterator[tuple[_Shard, list[Slot]]]:
         """Yield windows of batches of one shard after another, each begun when its turn to be read has come."""
@@ -172,5 +182,5 @@ class Engine:
     def _published(self) -> None:
         """Wait for the shard that is being written; raises what went wrong there."""
         if self._last is not None:
-            self._last.result()
-            self._last = None
+            last, self._last = self._last, None
+            last.result()

@@ -73,7 +73,8 @@ class FrozenBackbone:
             return {}
         first = next(iter(arrays.values()))
         is_cuda = self.device.type == "cuda"
-        batch = torch.zeros((self.config.batch_size, *first.shape), dtype=_dtype(first), pin_memory=is_cuda)
+        shape = (self.config.batch_size, *first.shape)
+        batch = torch.zeros(shape, dtype=_dtype(first), device="cpu", pin_memory=is_cuda)
         for place, array in arrays.items():
             batch[place] = torch.from_numpy(array)
         advice = f"Lower --batch-size ({self.config.batch_size}) or --readers."
@@ -99,13 +100,13 @@ class FrozenBackbone:
         exact = self._averaged(self._exact, batch[places])
         cosine = cosine_similarity(found[places], exact, dim=-1)
         self.agreement = {"clips": len(places), "mean": cosine.mean().item(), "least": cosine.min().item()}
-        self._exact = None  # its memory is needed
         if not self.agreement["mean"] >= LEAST_COSINE:
             raise KarmmaError(
                 f"{self.modality}: in bfloat16 the tokens of {len(places)} clips have a mean cosine of "
                 f"{self.agreement['mean']:.4f} to those in float32, expected {LEAST_COSINE} or more. "
                 "Extract with --precision float32."
             )
+        self._exact = None  # its memory is needed
 
 
 def _dtype(array: np.ndarray) -> torch.dtype:

@@ -52,7 +52,7 @@ def backbone_request(modality: str, data: DataConfig, config: ExtractConfig) -> 
 
 
 def hub_folder(name: str) -> Path | None:
-    """Return the folder of a backbone hf:<folder>; None for any other name.  Raises ConfigError if it holds no model."""
+    """Return the folder of a backbone hf:<folder>, None for another name; raise ConfigError if it holds no model."""
     family, _, model = name.partition(":")
     if family != "hf" or not Path(model).is_dir():
         return None
