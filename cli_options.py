@@ -26,7 +26,7 @@ SECTIONS: dict[str, type[StageConfig]] = {
 }
 SAMPLE = Path("karmma-sample")
 SOME_FAILED, DAMAGED, INTERRUPTED = 3, 4, 130
-out, err = Console(), Console(stderr=True, highlight=False)
+out, err = Console(), Console(stderr=True, highlight=False, emoji=False)
 
 
 def tell(text: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from .errors import CacheError, IncompleteCacheError
 from .leases import Leases
 from .modality import MODALITIES
 from .places import names, place, read_bytes, sizes, storage_errors
-from .publish import publish, publish_json, read_json, read_json_files
+from .publish import publish, publish_json, read_json, read_json_files, sweep, withdraw
 from .shards import shard_file, state_file
 
 ROWS = "clips.parquet"
@@ -73,11 +73,17 @@ class Cache:
         """Return the leases of this process on shards of the cache; raises CacheError if it cannot be written."""
         return Leases(self.path / "leases")
 
+    def sweep(self) -> None:
+        """Remove what processes of this machine that were killed left: files half written, and leases."""
+        sweep(self.path)
+        with self.leases() as leases:
+            leases.sweep()
+
     @contextmanager
-    def planning(self) -> Iterator[None]:
-        """Hold the one lease under which rows are added and arrays grow."""
+    def planning(self) -> Iterator[Callable[[], bool]]:
+        """Hold the one lease under which rows are added and arrays grow; yields what says whether it is still held."""
         with self.leases() as leases, leases.waiting_for("planner"):
-            yield
+            yield lambda: leases.is_held("planner")
 
     def add_clips(self, table: ClipTable) -> list[str]:
         """Give every clip of the table a row, new ones at the end; return what changed since the last snapshot.
@@ -93,11 +99,14 @@ class Cache:
         said = self._taken(clip_ids, sources, labels)
         if said is None:
             return []
-        with self.planning():  # and what others have added since is kept
-            self._read_rows()
-            said = self._taken(clip_ids, sources, labels)
-            if said is not None:
-                self._write_rows()
+        is_written = False
+        while not is_written:
+            with self.planning() as is_held:  # and what others have added since is kept
+                self._read_rows()
+                said = self._taken(clip_ids, sources, labels)
+                is_written = said is None or is_held()  # away for too long: another may be writing
+                if said is not None and is_written:
+                    self._write_rows()
         return said or []
 
     def _taken(self, clip_ids: list[str], sources: list[str], labels: list[str]) -> list[str] | None:
@@ -199,7 +208,7 @@ class Cache:
 
     def drop_receipt(self, modality: str, name: str, view: int, shard: int) -> None:
         """Declare that a shard does not exist; the first step of superseding it."""
-        self._receipt_file(modality, name, view, shard).unlink(missing_ok=True)
+        withdraw(self._receipt_file(modality, name, view, shard))
 
     def valid_receipts(self, modality: str, name: str, view: int) -> dict[int, dict[str, Any]]:
         """Return shard -> receipt of all shards of a view that exist, in order."""

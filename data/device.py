@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .errors import ConfigError, MemoryShortError
+from .errors import ConfigError, MemoryShortError, is_memory_short
 
 
 def choose_device(name: str) -> torch.device:
@@ -28,10 +28,10 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
     """Turn running out of memory, of the machine or of a GPU, into a MemoryShortError that ends in `advice`."""
     try:
         yield
+    except MemoryShortError:  # said already
+        raise
     except (MemoryError, RuntimeError) as error:
-        # The CPU's allocator raises a plain RuntimeError, which only its text tells from others.
-        is_short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not is_short and "not enough memory" not in str(error):
+        if not is_memory_short(error):
             raise
         reason = str(error).partition("\n")[0].rstrip(".") or "allocation failed"
         raise MemoryShortError(f"Out of memory for {what}: {reason}. {advice}") from None

@@ -48,6 +48,23 @@ class RunError(KarmmaError):
     """A run folder that is missing, unfinished or made for something else."""
 
 
+# What libraries say, in errors of any class, where memory is short: the allocators of torch, oneDNN, and threads that
+# get no stack.
+SHORT = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "could not create a primitive",
+    "can't start new thread",
+    "launch worker thread",
+)
+
+
+def is_memory_short(error: Exception) -> bool:
+    """Say whether an error of a library means that memory ran out."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in SHORT)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of an error line: the nearest known name, or all of them."""
     known = sorted(known)

@@ -14,11 +14,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from uuid import uuid4
 
-from .places import names, read_bytes, storage_errors
+from .errors import CacheError
+from .places import is_local, names, read_bytes, storage_errors
 from .publish import MACHINE, create, is_running, publish
 
 BEAT_S = 10.0
@@ -31,7 +33,7 @@ class Leases:
 
     def __init__(self, folder: Path, beat_s: float = BEAT_S, lease_s: float = LEASE_S) -> None:
         self.folder, self.beat_s, self.lease_s = folder, beat_s, lease_s
-        self._owner = uuid4().hex
+        self._owner, self._beats = uuid4().hex, count()
         self._held: dict[str, Path] = {}
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._lock, self._closing = threading.Lock(), threading.Event()
@@ -51,20 +53,26 @@ class Leases:
 
         name: any path below the folder.  Raises CacheError if the folder cannot be written.
         """
-        generations = self._generations(name)
-        if generations and not self._is_dead(name, generations[-1]):
+        before = self._texts(name)
+        last = max(before, default=None, key=_number)
+        if last is not None and not self._is_dead(name, before[last]):
             return False
-        number = 1 + (int(generations[-1].suffix[1:]) if generations else -1)
-        mine = self.folder / f"{name}.{number}"
-        if not create(mine, self._text(0)):
+        mine = self.folder / f"{name}.{0 if last is None else _number(last) + 1}"
+        if not create(mine, self._text()):
             return False
-        for dead in generations:
-            dead.unlink(missing_ok=True)
+        after = self._texts(name)
+        if after.pop(mine, None) is None or after.items() - before.items():
+            # While this process slept, others took the lease over, gave it back and took it again; or it is not dead.
+            _unlink(mine)
+            return False
+        for dead in before:
+            _unlink(dead)
         with self._lock:
             self._held[name] = mine
             if self._heart is None:
-                self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
-                self._heart.start()
+                heart = threading.Thread(target=self._beat, name="leases", daemon=True)
+                heart.start()
+                self._heart = heart
         return True
 
     def is_held(self, name: str) -> bool:
@@ -78,12 +86,21 @@ class Leases:
         with self._lock:
             mine = self._held.pop(name, None)
             if mine is not None and self._is_mine(mine):
-                mine.unlink(missing_ok=True)
+                _unlink(mine)
 
     def give_back_all(self) -> None:
         """Let others have every lease that is still held."""
         for name in list(self._held):
             self.give_back(name)
+
+    def sweep(self) -> None:
+        """Remove the leases of owners that have died, as far as the folder can be written."""
+        for top, _, files in os.walk(self.folder) if is_local(self.folder) else ():
+            for name in {file.rpartition(".")[0] for file in files if not file.startswith(".")}:
+                lease = (Path(top) / name).relative_to(self.folder).as_posix()
+                with suppress(CacheError):
+                    if self.take(lease):
+                        self.give_back(lease)
 
     @contextmanager
     def waiting_for(self, name: str) -> Iterator[None]:
@@ -102,36 +119,58 @@ class Leases:
         numbers = sorted(int(number) for stem, _, number in numbered if stem == path.name and number.isdecimal())
         return [path.with_name(f"{path.name}.{number}") for number in numbers]
 
-    def _is_dead(self, name: str, file: Path) -> bool:
+    def _texts(self, name: str) -> dict[Path, bytes]:
+        """Return what the files of a lease say."""
+        texts = {}
+        for file in self._generations(name):
+            with suppress(FileNotFoundError):  # given back just now
+                texts[file] = read_bytes(file)
+        return texts
+
+    def _is_dead(self, name: str, text: bytes) -> bool:
         """Say whether a lease's owner has died: its process is gone, or its number has stood still for too long."""
-        try:
-            text = read_bytes(file)
-        except FileNotFoundError:  # given back just now
-            return False
-        about = json.loads(text) if text.endswith(b"}") else {}
-        if about.get("machine") == MACHINE and not is_running(about["pid"]):
+        about = _parsed(text)
+        if about.get("machine") == MACHINE and not is_running(about.get("pid", 0)):
             return True
-        seen, since = self._seen.get(name, (b"", 0.0))
+        seen, since = self._seen.get(name, (None, 0.0))
         if seen != text:
             self._seen[name] = text, time.monotonic()
             return False
         return time.monotonic() - since > self.lease_s
 
     def _is_mine(self, file: Path) -> bool:
-        with suppress(FileNotFoundError, ValueError):
-            return json.loads(read_bytes(file)).get("owner") == self._owner
+        with suppress(*storage_errors()):
+            return _parsed(read_bytes(file)).get("owner") == self._owner
         return False
 
-    def _text(self, beat: int) -> bytes:
-        return json.dumps({"owner": self._owner, "machine": MACHINE, "pid": os.getpid(), "beat": beat}).encode()
+    def _text(self) -> bytes:
+        """Return what to write: never the same twice, so that a lease taken again is not taken for one at rest."""
+        about = {"owner": self._owner, "machine": MACHINE, "pid": os.getpid(), "beat": next(self._beats)}
+        return json.dumps(about).encode()
 
     def _beat(self) -> None:
         """Raise the number of every lease held, for as long as there are any."""
-        beat = 0
         while not self._closing.wait(self.beat_s):
-            beat += 1
             for name, mine in list(self._held.items()):
                 # A full disk, or a store that does not answer: if it lasts, publishing says so.
                 with self._lock, suppress(*storage_errors()):
                     if name in self._held and self._is_mine(mine):
-                        publish(mine, self._text(beat))
+                        publish(mine, self._text())
+
+
+def _number(file: Path) -> int:
+    return int(file.suffix[1:])
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """Return what a lease says; nothing if it was not written to its end."""
+    try:
+        about = json.loads(text)
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _unlink(file: Path) -> None:
+    with suppress(*storage_errors()):  # a disk that is read-only by now: found dead in good time
+        file.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all: written under a temporary name, synced, then renamed; or sent by one PUT."""
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from errno import ENOTDIR, ENOTSUP, EOPNOTSUPP, EPERM
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,13 @@ def sweep(folder: Path) -> None:
     """Remove what processes of this machine that were killed left half written, anywhere in `folder`."""
     if not is_local(folder):  # a PUT leaves nothing behind
         return
-    for left in folder.rglob(f".*.{MACHINE}-*.tmp"):
-        pid = left.name.removesuffix(".tmp").rpartition("-")[2]
-        if pid.isdecimal() and not is_running(int(pid)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    for top, folders, files in os.walk(folder):  # which, unlike rglob, bears folders that vanish: others are at work
+        for name in fnmatch.filter([*folders, *files], f".*.{MACHINE}-*.tmp"):
+            pid = name.removesuffix(".tmp").rpartition("-")[2]
+            if pid.isdecimal() and not is_running(int(pid)):
+                shutil.rmtree(Path(top) / name, ignore_errors=True)
+                with suppress(OSError):  # swept by another
+                    (Path(top) / name).unlink()
 
 
 def is_running(pid: int) -> bool:
@@ -91,7 +96,7 @@ def create(path: Path, data: bytes) -> bool:
                 _put(path, data, mode="create")
                 return True
             with _written(path, data) as temporary:
-                os.link(temporary, path)
+                _link(temporary, path, data)
         except FileExistsError:
             return False
         except OSError as error:
@@ -106,6 +111,19 @@ def create(path: Path, data: bytes) -> bool:
 def _put(path: Path, data: bytes, **options: str) -> None:
     """Send a file by one PUT, however large: a shard is never there in part."""
     path.fs.pipe_file(path.path, data, chunksize=len(data) + 1, **options)
+
+
+def _link(temporary: Path, path: Path, data: bytes) -> None:
+    """Give a file its name unless another has it."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (EPERM, ENOTSUP, EOPNOTSUPP):
+            raise
+        with open(path, "xb") as file:  # a file system without hard links, such as exFAT or a share of Windows
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _is_refusal(error: OSError) -> bool:
@@ -136,7 +154,10 @@ def written_by(path: Path) -> Iterator[Path]:
 def _written(path: Path, data: Buffer) -> Iterator[Path]:
     """Write a synced file beside `path`; it is gone afterwards."""
     temporary = _temporary(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # a file, which is not to be mistaken for `path` being there
+        raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR), str(path.parent)) from None
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -200,6 +221,17 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def withdraw(path: Path) -> None:
+    """Remove a file, if it is there, so that it stays away even if the machine stops at any instant."""
+    with _blaming(path):
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return
+        if is_local(path):
+            sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -224,10 +256,14 @@ def _parsed(path: Path, text: bytes) -> Any:
 def read_json_files(folder: Path) -> dict[str, Any]:
     """Return by stem the values of all .json files of a folder, None of a damaged one; {} if there is no folder."""
     if is_local(folder):
-        texts = {file.name: file.read_bytes() for file in folder.glob("*.json")}
+        texts = {}
+        for file in folder.glob("*.json"):
+            with suppress(FileNotFoundError):  # superseded just now
+                texts[file.name] = file.read_bytes()
     else:
         files = [file for file in folder.fs.find(folder.path) if file.endswith(".json")]
-        texts = folder.fs.cat(files) if files else {}  # all at once: one answer may take as long as the other thousand
+        # All at once: one answer may take as long as the other thousand.
+        texts = folder.fs.cat(files, on_error="omit") if files else {}
     found: dict[str, Any] = {}
     for file, text in texts.items():
         stem = file.rpartition("/")[2].removesuffix(".json")

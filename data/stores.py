@@ -107,8 +107,8 @@ class TokenStore:
         if self.has_room(n_clips, n_views):
             return self
         shape = [max(n_clips, self.n_clips), max(n_views, self.n_views)]
-        # The tokens first: a state always has its tokens.  As zarr writes it, but published.
-        for name in ("tokens", "state"):
+        # The state first: whoever is killed in between leaves tokens without room, which the next one sees.
+        for name in ("state", "tokens"):  # as zarr writes it, but published
             meta = read_json(self.path / name / "zarr.json")
             meta["shape"][:2] = shape
             publish(self.path / name / "zarr.json", json.dumps(meta, indent=zarr.config.get("json_indent")).encode())

@@ -18,7 +18,7 @@ import torch
 from ..data.annotations import Clip
 from ..data.cache import Cache
 from ..data.config import DataConfig
-from ..data.device import choose_device
+from ..data.device import choose_device, enough_memory
 from ..data.drafts import ShardDraft
 from ..data.media import Reading
 from ..data.modality import PRESENT
@@ -100,19 +100,23 @@ class Engine:
         """
         held: list[Order] = []
         try:
-            for shard, slot, readings in self._read(self._begun(orders, held)):
-                for modality, draft in shard.drafts.items():
-                    mine = {at: readings[at].result()[modality] for at, names in slot.items() if modality in names}
-                    self._put(draft, mine, shard.clips)
-                    advance(len(mine))
-                shard.n_slots -= 1
-                if not shard.n_slots:
-                    self._published()  # the one before: at most one waits in memory to be written
-                    self._last = self.writer.submit(self._publish, shard, held)
-            self._published()
+            with enough_memory("extraction", "Lower --batch-size, --shard-rows or --readers."):
+                self._make(orders, advance, held)
         finally:
             self._let_go()
         return held
+
+    def _make(self, orders: Iterable[Order], advance: Callable[[int], object], held: list[Order]) -> None:
+        for shard, slot, readings in self._read(self._begun(orders, held)):
+            for modality, draft in shard.drafts.items():
+                mine = {at: readings[at].result()[modality] for at, names in slot.items() if modality in names}
+                self._put(draft, mine, shard.clips)
+                advance(len(mine))
+            shard.n_slots -= 1
+            if not shard.n_slots:
+                self._published()  # the one before: at most one waits in memory to be written
+                self._last = self.writer.submit(self._publish, shard, held)
+        self._published()
 
     def _let_go(self) -> None:
         """After an error, let others make what was begun, and a later call begin anew."""

@@ -74,11 +74,11 @@ class FrozenBackbone:
         first = next(iter(arrays.values()))
         is_cuda = self.device.type == "cuda"
         shape = (self.config.batch_size, *first.shape)
-        batch = torch.zeros(shape, dtype=_dtype(first), device="cpu", pin_memory=is_cuda)
-        for place, array in arrays.items():
-            batch[place] = torch.from_numpy(array)
         advice = f"Lower --batch-size ({self.config.batch_size}) or --readers."
         with enough_memory(f"the backbone of {self.modality} on {self.device}", advice), torch.inference_mode():
+            batch = torch.zeros(shape, dtype=_dtype(first), device="cpu", pin_memory=is_cuda)
+            for place, array in arrays.items():
+                batch[place] = torch.from_numpy(array)
             on_device = batch.to(self.device, non_blocking=is_cuda)
             with self._autocast():
                 found = self._averaged(self.backbone, on_device)
@@ -98,6 +98,10 @@ class FrozenBackbone:
     def _compare(self, found: Tensor, batch: Tensor, places: list[int]) -> None:
         """Hold bfloat16 against float32 on a few clips, once; raise KarmmaError if they are not nearly the same."""
         exact = self._averaged(self._exact, batch[places])
+        fit = exact.flatten(1).isfinite().all(dim=1)  # the others are refused, each by its name
+        if not fit.any():
+            return
+        exact, places = exact[fit], [place for place, is_fit in zip(places, fit.tolist(), strict=True) if is_fit]
         cosine = cosine_similarity(found[places], exact, dim=-1)
         self.agreement = {"clips": len(places), "mean": cosine.mean().item(), "least": cosine.min().item()}
         if not self.agreement["mean"] >= LEAST_COSINE:

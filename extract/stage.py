@@ -20,7 +20,6 @@ from ..data.identity import token_identity
 from ..data.modality import STATE_NAMES
 from ..data.plan import ShardTask, plan_orders, plan_shards
 from ..data.progress import watched
-from ..data.publish import sweep
 from ..data.stores import TokenStore
 from .config import ExtractConfig
 from .weights import backbone_request, recorded_backbone
@@ -65,14 +64,14 @@ def extract_tokens(table: ClipTable, data: DataConfig, config: ExtractConfig) ->
         tasks |= plan_shards(cache, table, modality, store.path.stem, **plan)
     tasks = {task: n for task, n in tasks.items() if _is_ours(task, config.part)}
     if tasks:
-        _make(cache, table, tasks, data, config)
+        report.n_written = _make(cache, table, tasks, data, config)
+    cache.sweep()
     for modality, store in stores.items():
         name = store.path.stem
         report.stores[modality] = store.path
         report.counts[modality] = _counted(cache, table, store.path, config.views)
         report.failures[modality] = cache.failures(modality, name, table.clip_ids)
         report.agreement |= _agreement(cache, modality, name)
-    report.n_written = sum(tasks.values())
     return report
 
 
@@ -115,11 +114,13 @@ def _is_ours(task: ShardTask, part: str) -> bool:
 
 def _make(
     cache: Cache, table: ClipTable, tasks: dict[ShardTask, int], data: DataConfig, config: ExtractConfig
-) -> None:
-    """Have all tasks made, here or on a cluster; what other processes are making is waited for."""
+) -> int:
+    """Have all tasks made, here or on a cluster; what other processes are making is waited for.
+
+    Returns the number of (clip, view, modality) that were not made by them.
+    """
     names = {task.modality: task.name for task in tasks}
     orders = plan_orders(cache, table, tasks)
-    sweep(cache.path)
     with watched("extract", sum(tasks.values()), "clips") as progress:
         if config.scheduler or config.workers > 1:
             from .cluster import Cluster as Maker
@@ -129,6 +130,7 @@ def _make(
             while orders := maker.make(orders, progress.advance):
                 progress.advance(0, f"{len(orders)} shards are being made by another process")
                 time.sleep(LOOK_AGAIN_S)
+        return progress.done
 
 
 def _counted(cache: Cache, table: ClipTable, path: Path, n_views: int) -> Counter:

@@ -20,7 +20,7 @@ MODELS = [
     ("eva02_tiny_patch14_224", 28, 4, 1, 192),
     ("swin_tiny_patch4_window7_224", 64, 4, 0, 768),
     ("tiny_vit_5m_224", 64, 4, 0, 320),
-    ("levit_128s", 64, 1, 0, 384),
+    ("levit_128s", 224, 16, 0, 384),
 ]
 MORE = [
     ("vit_small_patch16_dinov3", 32, 4, 5, 384),
@@ -33,7 +33,7 @@ MORE = [
     ("mvitv2_tiny", 64, 4, 0, 768),
     ("hiera_tiny_224", 224, 49, 0, 768),
     ("twins_svt_small", 64, 4, 0, 512),
-    ("pvt_v2_b0", 64, 4, 0, 256),
+    ("pvt_v2_b0", 224, 49, 0, 256),
     ("davit_tiny", 224, 49, 0, 768),
     ("nest_tiny", 224, 196, 0, 384),
     ("gcvit_xxtiny", 224, 49, 0, 512),
@@ -74,8 +74,9 @@ def test_tokens_are_those_of_the_model_on_each_frame_alone(model, side, n, n_pre
         found = backbone(x)
         wanted = slow_loop(backbone.network, x, n_prefix, cfg.mean, cfg.std)
     assert found.shape == (2, 3 * n, width)
-    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
-    assert not torch.allclose(found[0], found[1], atol=1e-2)
+    scale = wanted.abs().max()
+    torch.testing.assert_close(found / scale, wanted / scale, atol=1e-5, rtol=1e-4)
+    assert (found[0] - found[1]).abs().max() > scale / 100
 
 
 def test_flow_is_normalised_so_that_no_motion_is_zero_and_sound_becomes_square_images():
@@ -103,7 +104,7 @@ def test_flow_is_normalised_so_that_no_motion_is_zero_and_sound_becomes_square_i
         ("vit_tiny_patch16_224.nonsense", 32, r"timm:vit_tiny_patch16_224.nonsense: .*Invalid pretrained tag"),
         ("resnet18", 64, r"ResNet of timm gives \[1, 512, 2, 2\], no tokens \[B, n, D\]. Choose a transformer."),
         ("convnext_atto", 64, r"ConvNeXt of timm gives .* Choose a transformer."),
-        ("crossvit_tiny_240", 240, r"CrossViT of timm gives .* Choose"),
+        ("crossvit_tiny_240", 240, r"CrossVit of timm gives .* Choose"),
         ("vit_tiny_patch16_224", 40, r"patches of 16 pixels do not divide 40. Set size to \[32, 48\]."),
         ("volo_d1_224", 64, "timm:volo_d1_224: not for pictures of 64 pixels: .* Change size."),
     ],
@@ -131,7 +132,11 @@ def saved(path, model, **more):
 
 @pytest.mark.parametrize(
     ("model", "side", "n_before"),
-    [("vit_tiny_patch16_224", 64, 1), ("vit_small_patch14_reg4_dinov2", 56, 0), ("deit3_small_patch16_224", 64, 0)],
+    [
+        ("vit_tiny_patch16_224", 64, 1),
+        ("deit3_small_patch16_224", 64, 0),
+        pytest.param("vit_small_patch14_reg4_dinov2", 56, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_weights_of_another_size_have_their_grid_of_positions_resampled(tmp_path, model, side, n_before):
     """n_before: positions of class and register tokens, ahead of the grid; some models have none."""
@@ -146,7 +151,10 @@ def test_weights_of_another_size_have_their_grid_of_positions_resampled(tmp_path
     assert all(torch.equal(own[name], state[name]) for name in own if name != "pos_embed")
 
 
-@pytest.mark.parametrize("model", ["deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "model",
+    ["deit_tiny_distilled_patch16_224", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)],
+)
 def test_weights_of_the_same_size_come_as_they_are_without_any_head(tmp_path, model):
     state = saved(tmp_path / "w.safetensors", model)
     assert any(name.startswith("head") for name in state)
@@ -158,8 +166,8 @@ def test_weights_of_the_same_size_come_as_they_are_without_any_head(tmp_path, mo
 
 def test_weights_of_another_kind_of_model_are_refused(tmp_path):
     saved(tmp_path / "w.safetensors", "vit_tiny_patch16_224")
-    with pytest.raises(ConfigError, match=r"for timm:swin_tiny_patch4_window7_224: .* missing .* unexpected"):
-        build_backbone("timm:swin_tiny_patch4_window7_224", "video", (2, 3, 64, 64), str(tmp_path / "w.safetensors"))
+    with pytest.raises(ConfigError, match=r"for timm:levit_128s: .* missing .* unexpected"):
+        build_backbone("timm:levit_128s", "video", (2, 3, 224, 224), str(tmp_path / "w.safetensors"))
 
 
 def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
