@@ -1,5 +1,6 @@
 """Weights files: tensors by name, read without running any code that is in the file."""
 
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError  # how torch.load(weights_only=True) says no; nothing is unpickled here
@@ -9,6 +10,12 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# What torch's reading of a damaged file ends in.
+DAMAGED = (
+    UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, OverflowError, struct.error,
+)  # fmt: skip
 
 
 def read_tensors(path: Path) -> "Mapping[str, Tensor]":
@@ -26,7 +33,7 @@ def read_tensors(path: Path) -> "Mapping[str, Tensor]":
         raise ConfigError(f"{path}: no such weights file. Correct the path, or set weights to none.")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError) as error:
+    except (SafetensorError, *DAMAGED) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{path}: not a readable weights file: {reason}. Save it again as .safetensors.") from None
     for wrapper in ("state_dict", "model"):

@@ -129,7 +129,7 @@ def find_recipe(name: str) -> Recipe:
     if name in BACKBONES:
         return BACKBONES[name]
     plugins = plugged_in()
-    if name not in plugins:
+    if name not in plugins.names:
         known = {*BACKBONES, *plugins.names, "timm:<model>", "hf:<model>"}
         raise ConfigError(f"Unknown backbone {name!r}. {nearest(name, known)}")
     return Recipe(MODALITIES, partial(_build_plugin, name, plugins[name].load()))

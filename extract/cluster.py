@@ -6,17 +6,19 @@ long as it lives.  What was done is known from the receipts in the cache, so any
 
 import atexit
 import json
+import logging
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
 import dask
 import distributed
+from distributed.comm import CommClosedError
 
 from ..data.config import DataConfig
-from ..data.errors import ClusterError, KarmmaError
+from ..data.errors import ClusterError
 from ..data.places import is_address
 from ..data.plan import Order
 from ..data.settings import rooted_backbone
@@ -25,6 +27,12 @@ from .engine import Engine
 
 # Times that a shard is tried whose worker was lost.
 RETRIES = 3
+# What Dask says of its comings and goings is of no use beside our own line.
+for _name in ("distributed", "distributed.client"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+# This worker's engine, by what it was built for; one order at a time, however many threads the worker has.
+_kept: dict[tuple, Engine] = {}
+_at_work = threading.Lock()
 
 
 class Cluster:
@@ -44,7 +52,12 @@ class Cluster:
         try:
             address = self.config.scheduler or self._stack.enter_context(
                 distributed.LocalCluster(
-                    self.config.workers, threads_per_worker=1, processes=True, dashboard_address=None
+                    self.config.workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    dashboard_address=":0",
+                    silence_logs=logging.CRITICAL,
+                    env={"DASK_LOGGING__DISTRIBUTED": "critical"},
                 )
             )
             self.client = self._stack.enter_context(distributed.Client(address, timeout=30))
@@ -69,11 +82,10 @@ class Cluster:
                 advance(n_done)
                 held += left
                 future.release()
-        except KarmmaError:  # a worker's
-            raise
-        except (OSError, distributed.CancelledError, distributed.KilledWorker) as error:
+        except (CommClosedError, TimeoutError, distributed.CancelledError, distributed.KilledWorker) as error:
+            why = " ".join(str(error).split()).rstrip(".")
             raise ClusterError(
-                f"The cluster was lost: {error}. What was finished is kept; give the command again, on any cluster."
+                f"The cluster was lost: {why}. What was finished is kept; give the command again, on any cluster."
             ) from None
         finally:
             if self.client.status == "running":
@@ -83,19 +95,27 @@ class Cluster:
 
 def make_order(order: Order, work: tuple[str, str, tuple]) -> tuple[int, list[Order]]:
     """Make one order in a worker; return how many (clip, modality) were done, and what others are making."""
-    done = []
-    held = _engine(*work, _device()).make([order], done.append)
+    done: list[int] = []
+    with _at_work:
+        held = _engine(*work, _device()).make([order], done.append)
     return sum(done), held
 
 
-@lru_cache(maxsize=1)
 def _engine(data: str, config: str, names: tuple[tuple[str, str], ...], device: str) -> Engine:
-    """Return this worker's engine, which it keeps."""
-    chosen = ExtractConfig.model_validate(json.loads(config))
-    chosen = chosen.model_copy(update={"device": device if chosen.device == "auto" else chosen.device})
-    engine = Engine(DataConfig.model_validate(json.loads(data)), chosen, dict(names)).__enter__()
-    atexit.register(engine.__exit__)
-    return engine
+    """Return this worker's engine, which it keeps until it is asked for another."""
+    key = (data, config, names, device)
+    if key not in _kept:
+        _let_go()
+        chosen = ExtractConfig.model_validate(json.loads(config))
+        chosen = chosen.model_copy(update={"device": device if chosen.device == "auto" else chosen.device})
+        _kept[key] = Engine(DataConfig.model_validate(json.loads(data)), chosen, dict(names)).__enter__()
+    return _kept[key]
+
+
+@atexit.register
+def _let_go() -> None:
+    while _kept:
+        _kept.popitem()[1].__exit__()
 
 
 def _device() -> str:

@@ -1,6 +1,7 @@
 """Any image transformer of timm as a backbone: every frame, or every segment's spectrogram, goes through it alone."""
 
 from collections.abc import Mapping
+from math import prod
 
 import timm
 import torch
@@ -48,14 +49,14 @@ class FrameTransformer(Backbone):
 
         Bicubic without antialiasing: with it, DINOv2's tokens at 224 pixels are another thing (cosine 0.996).
         """
-        own = self.network.state_dict()
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "fc."))}
-        position = state.get("pos_embed")
-        if position is not None and position.shape[1] != own["pos_embed"].shape[1]:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "head_dist.", "fc."))}
+        position, own = state.get("pos_embed"), self.network.state_dict().get("pos_embed")
+        if position is not None and own is not None and position.ndim == own.ndim == 3 and position.shape != own.shape:
             grid = list(self.network.patch_embed.grid_size)
-            n_prefix = self.network.num_prefix_tokens
-            resampled = resample_abs_pos_embed(position.float(), grid, num_prefix_tokens=n_prefix, antialias=False)
-            state["pos_embed"] = resampled
+            n_before = own.shape[1] - prod(grid)  # whose special tokens have positions, and whose have none
+            state["pos_embed"] = resample_abs_pos_embed(
+                position.float(), grid, num_prefix_tokens=n_before, antialias=False
+            )
         return {PREFIX + name: tensor for name, tensor in state.items()}
 
 
@@ -71,13 +72,18 @@ def build_frames(model: str, modality: str, input_shape: tuple[int, ...]) -> Fra
         sized = -(-max(input_shape[1:]) // 32) * 32
     try:
         network = timm.create_model(model, pretrained=False, num_classes=0, **_size_option(model, sized))
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"timm:{model}: not for pictures of {sized} pixels: {error}. Change size.") from None
-    patch = getattr(getattr(network, "patch_embed", None), "patch_size", (1, 1))[0]
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
+    patch = patch if isinstance(patch, int) else patch[0]
     if sized % patch:
         fitting = [patch * (sized // patch), patch * (sized // patch + 1)]
         raise ConfigError(f"timm:{model}: patches of {patch} pixels do not divide {sized}. Set size to {fitting}.")
-    return FrameTransformer(network, modality, input_shape, sized)
+    try:
+        return FrameTransformer(network, modality, input_shape, sized)
+    except (AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"timm:{model}: not for pictures of {sized} pixels: {reason}. Change size.") from None
 
 
 def pretrained_frames(model: str) -> Mapping[str, Tensor]:
@@ -107,9 +113,20 @@ def _dry_run(network: nn.Module, side: int) -> Tensor:
 
 def _sequence(network: nn.Module, features: Tensor) -> Tensor:
     """Return patch tokens [B, n, D] of what a network of timm gives."""
-    if features.ndim == 3 and features.shape[-1] == network.num_features:
-        return features[:, getattr(network, "num_prefix_tokens", 0) :]
-    if features.ndim == 4 and features.shape[-1] == network.num_features:  # Swin's [B, H, W, D]
+    name, width = type(network).__name__, network.num_features
+    if not isinstance(features, Tensor):
+        raise ConfigError(f"{name} of timm gives several things, no tokens [B, n, D]. Choose another transformer.")
+    if features.ndim == 3 and features.shape[-1] == width:
+        n_special = getattr(network, "num_prefix_tokens", int(getattr(network, "cls_token", None) is not None))
+        if features.shape[1] > n_special:
+            return features[:, n_special:]
+    if features.ndim == 4 and features.shape[-1] == width:  # Swin's [B, H, W, D]
         return features.flatten(1, 2)
-    name = type(network).__name__
+    if features.ndim == 4 and features.shape[1] == width and _attends(network):  # [B, D, H, W]
+        return features.flatten(2).transpose(1, 2)
     raise ConfigError(f"{name} of timm gives {list(features.shape)}, no tokens [B, n, D]. Choose a transformer.")
+
+
+def _attends(network: nn.Module) -> bool:
+    """Say whether there is attention in a network: one without is no transformer."""
+    return any("attention" in type(module).__name__.lower() for module in network.modules())

@@ -98,15 +98,16 @@ class FrozenBackbone:
     def _compare(self, found: Tensor, batch: Tensor, places: list[int]) -> None:
         """Hold bfloat16 against float32 on a few clips, once; raise KarmmaError if they are not nearly the same."""
         exact = self._averaged(self._exact, batch[places])
-        fit = exact.flatten(1).isfinite().all(dim=1)  # the others are refused, each by its name
-        if not fit.any():
+        cosine = cosine_similarity(found[places], exact, dim=-1)  # [n, k]
+        fit = exact.isfinite().flatten(1).all(dim=1)  # the others are refused, each by its name
+        n_fit = int(fit.sum().item())
+        if not n_fit:
             return
-        exact, places = exact[fit], [place for place, is_fit in zip(places, fit.tolist(), strict=True) if is_fit]
-        cosine = cosine_similarity(found[places], exact, dim=-1)
-        self.agreement = {"clips": len(places), "mean": cosine.mean().item(), "least": cosine.min().item()}
+        mean, least = torch.where(fit, cosine.mean(1), 0).sum() / n_fit, torch.where(fit, cosine.amin(1), 1).min()
+        self.agreement = {"clips": n_fit, "mean": mean.item(), "least": least.item()}
         if not self.agreement["mean"] >= LEAST_COSINE:
             raise KarmmaError(
-                f"{self.modality}: in bfloat16 the tokens of {len(places)} clips have a mean cosine of "
+                f"{self.modality}: in bfloat16 the tokens of {n_fit} clips have a mean cosine of "
                 f"{self.agreement['mean']:.4f} to those in float32, expected {LEAST_COSINE} or more. "
                 "Extract with --precision float32."
             )

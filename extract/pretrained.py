@@ -27,10 +27,15 @@ class PretrainedPictures(Backbone):
         accepted = inspect.signature(network.forward).parameters
         options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
         frames = torch.zeros(1, *input_shape) if takes_video else torch.zeros(1, *input_shape[1:])
-        with torch.no_grad():
-            found = network(pixel_values=frames, **options).last_hidden_state
+        kind = network.config.model_type
+        if network.main_input_name != "pixel_values":
+            raise ConfigError(f"hf model {kind} takes {network.main_input_name}, not {modality}. Choose another.")
+        try:
+            with torch.no_grad():
+                found = network(pixel_values=frames, **options).last_hidden_state
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"hf model {kind}: not for clips of {list(input_shape)}: {_one_line(error)}") from None
         if found.ndim != 3:
-            kind = network.config.model_type
             raise ConfigError(f"hf model {kind} gives {list(found.shape)}, no tokens [B, n, D]. Choose a transformer.")
         super().__init__(input_shape, found.shape[1] * (1 if takes_video else input_shape[0]), found.shape[2])
         self.network, self.takes_video, self.options = network, takes_video, options
@@ -90,26 +95,53 @@ def build_pretrained(model: str, modality: str, input_shape: tuple[int, ...], wi
         import transformers
     except ImportError:
         raise InstallationError("hf: backbones need transformers. Install it: pip install 'karmma[hf]'.") from None
-    transformers.logging.disable_progress_bar()  # ours is enough
+    transformers.logging.disable_progress_bar()  # ours is enough, and so are our own words on what a file lacks
+    transformers.logging.set_verbosity_error()
     is_folder = Path(model).is_dir()
     where = {"trust_remote_code": False, "local_files_only": is_folder}
     try:
         config = transformers.AutoConfig.from_pretrained(model, **where)
         if (config.model_type == "whisper") != (modality == "audio"):
             raise ConfigError(f"hf:{model} is a {config.model_type}, which does not take {modality}. Choose another.")
-        kind = transformers.AutoModel
-        if config.model_type == "whisper":
-            from transformers.models.whisper.modeling_whisper import WhisperEncoder as kind
-        if with_weights:
-            network = kind.from_pretrained(model, use_safetensors=True, dtype=torch.float32, **where)
-        else:
-            network = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        network = _with_own_weights(model, config, where) if with_weights else _at_random(config)
+    except ConfigError:
+        raise
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"hf:{model} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"hf:{model} cannot be loaded: {_one_line(error)}") from None
+    if any(True for _ in getattr(network, "pooler", nn.Identity()).parameters()):  # behind the tokens; most lack it
+        network.pooler = None
     network.eval()
     if config.model_type == "whisper":
         return WhisperTokens(network, input_shape)
     return PretrainedPictures(network, modality, input_shape, _normalisation(model, where))
+
+
+def _at_random(config: Any) -> nn.Module:
+    """Return the network of a config, of Whisper the encoder alone."""
+    import transformers
+
+    network = transformers.AutoModel.from_config(config)
+    return network.encoder if config.model_type == "whisper" else network
+
+
+def _with_own_weights(model: str, config: Any, where: dict[str, Any]) -> nn.Module:
+    """Return a network with all its tensors from its checkpoint; raise ConfigError if one is missing there."""
+    import transformers
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    # A checkpoint of Whisper may be the whole or the encoder alone; of any other model it is what it says.
+    whole = [(transformers.AutoModel, "encoder." if config.model_type == "whisper" else "")]
+    for kind, part in [*whole, (WhisperEncoder, "")] if config.model_type == "whisper" else whole:
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        network, found = kind.from_pretrained(model, **options, **where)
+        missing = [name for name in found["missing_keys"] if name.startswith(part) and "pooler." not in name]
+        if not missing:
+            return network.get_submodule(part.rstrip("."))
+    raise ConfigError(f"hf:{model}: {len(missing)} tensors are missing, such as {min(missing)}. Fetch it again.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _normalisation(model: str, where: dict[str, Any]) -> dict[str, Any]:

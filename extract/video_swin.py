@@ -196,7 +196,9 @@ class VideoSwin(Backbone):
 
     def fitted(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the tensors of torchvision's checkpoints, or of Video Swin's authors', under torchvision's names."""
-        return torchvision_names(state)
+        # Video Swin's authors keep the places of pairs as a table, torchvision flat; they follow from the window.
+        own = {name: value for name, value in self.state_dict().items() if name.endswith("relative_position_index")}
+        return {**own, **torchvision_names(state)}
 
     def tokens(self, x: Tensor) -> Tensor:
         """Turn a raw batch into tokens [B, K, D], row after row of frame after frame."""

@@ -25,36 +25,42 @@ from karmma.data.verify import verify
 K, WIDTH = 3, 5
 IDENTITY = {"theta": K}
 KEY = ("audio", digest(IDENTITY))
-# Carries out a step in a forked process that is killed at its n-th call to the file system, for n = 0, 1, 2, ...
+# Carries out a step in a forked process that is killed at its n-th call to the file system, for n = 0, 1, 2, ..., or
+# in the midst of writing the first file that is larger than n times 100 bytes.
 KILLED = """
-import os, shutil, signal, sys
+import os, resource, shutil, signal, sys
 from pathlib import Path
 folder, step = Path(sys.argv[1]), sys.argv[2]
 sys.path.insert(0, sys.argv[3])
 import {module} as test
 shutil.copytree(folder / "before", folder / "whole")
 getattr(test, step)(folder / "whole")  # what is loaded at first use is loaded now
-n, ended = 0, -1
-while ended != 0:
-    shutil.copytree(folder / "before", folder / f"killed{{n}}")
-    pid = os.fork()
-    if not pid:
-        calls = 0
-        def deadly(call):
-            def counted(*args, **options):
-                global calls
-                if calls == n:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                calls += 1
-                return call(*args, **options)
-            return counted
-        for name in ("fsync", "replace", "unlink", "link", "mkdir", "rmdir"):
-            setattr(os, name, deadly(getattr(os, name)))
-        getattr(test, step)(folder / f"killed{{n}}")
-        os._exit(0)
-    ended = os.waitpid(pid, 0)[1]
-    assert ended in (0, signal.SIGKILL), ended
-    n += 1
+def deadly(call, n, calls=[]):
+    def counted(*args, **options):
+        calls.append(call)
+        if len(calls) > n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **options)
+    return counted
+def prepare(way, n):
+    if way == "size":
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 * n, 100 * n))
+    for name in ("fsync", "replace", "unlink", "link", "mkdir", "rmdir") if way == "call" else ():
+        setattr(os, name, deadly(getattr(os, name), n))
+for way in ("call", "size"):
+    n, ended = 0, -1
+    while ended != 0:
+        shutil.copytree(folder / "before", folder / f"killed-{{way}}-{{n}}")
+        pid = os.fork()
+        if not pid:
+            prepare(way, n)
+            getattr(test, step)(folder / f"killed-{{way}}-{{n}}")
+            os._exit(0)
+        ended = os.waitpid(pid, 0)[1]
+        assert ended in (0, signal.SIGKILL, signal.SIGXFSZ), ended
+        n += 1
 """
 
 
@@ -84,23 +90,19 @@ def add_rows(folder: Path, n_rows: int = 8):
 
 
 def grow(folder: Path, n_rows: int = 8) -> TokenStore:
-    """Open the store with room for `n_rows`, made if it is not there."""
     return open_store(Cache(folder), *KEY, IDENTITY, (n_rows, 1, K, WIDTH), 4)
 
 
 def extend(folder: Path):
-    """Put two rows behind the two of the last shard."""
     make(Cache(folder), task(8, 1))
 
 
 @pytest.fixture
 def cache(tmp_path):
     """Six clips in shards of 4."""
-    add_rows(tmp_path / "cache", 6)
-    grow(tmp_path / "cache", 6)
+    add_rows(tmp_path / "cache", 6), grow(tmp_path / "cache", 6)
     made = Cache(tmp_path / "cache")
-    make(made, task(6, 0))
-    make(made, task(6, 1))
+    make(made, task(6, 0)), make(made, task(6, 1))
     return made
 
 
@@ -200,9 +202,8 @@ def test_killed_at_any_call_and_done_again_gives_the_same_bytes(cache, tmp_path,
     old = {shard: cache.receipt(*KEY, 0, shard) for shard in (0, 1)}
     code = KILLED.format(module=Path(__file__).stem)
     subprocess.run([sys.executable, "-c", code, tmp_path, step, Path(__file__).parent], check=True)
-    folders = sorted(tmp_path.glob("killed*"), key=lambda folder: int(folder.name[6:]))
-    assert len(folders) > 8
-    killed, whole = [Cache(folder) for folder in folders], Cache(tmp_path / "whole")
+    killed, whole = [Cache(folder) for folder in tmp_path.glob("killed*")], Cache(tmp_path / "whole")
+    assert len(killed) > 12
     for one in killed:
         assert list(verify(one)) == [], one.path
         found = one.receipt(*KEY, 0, 1)
