@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from distributed.comm import CommClosedError
 
 from ..data.config import DataConfig
 from ..data.errors import ClusterError
-from ..data.places import is_address
+from ..data.places import is_address, is_local
 from ..data.plan import Order
 from ..data.settings import rooted_backbone
 from .config import BackboneConfig, ExtractConfig
@@ -74,7 +75,8 @@ class Cluster:
     def make(self, orders: Iterable[Order], advance: Callable[[int], object]) -> list[Order]:
         """Do as `Engine.make`, by the workers.  Raises ClusterError if the scheduler is lost."""
         # Not pure: an order may have to be carried out twice, if somebody else held the lease.
-        futures = self.client.map(make_order, list(orders), work=self.work, retries=RETRIES, pure=False)
+        sent = [_sent(order) for order in orders]
+        futures = self.client.map(make_order, sent, work=self.work, retries=RETRIES, pure=False)
         held: list[Order] = []
         try:
             for future in distributed.as_completed(futures):
@@ -107,7 +109,8 @@ def _engine(data: str, config: str, names: tuple[tuple[str, str], ...], device: 
     if key not in _kept:
         _let_go()
         chosen = ExtractConfig.model_validate(json.loads(config))
-        chosen = chosen.model_copy(update={"device": device if chosen.device == "auto" else chosen.device})
+        if chosen.device == "auto" or (chosen.device == "cuda" and device != "auto"):
+            chosen = chosen.model_copy(update={"device": device})
         _kept[key] = Engine(DataConfig.model_validate(json.loads(data)), chosen, dict(names)).__enter__()
     return _kept[key]
 
@@ -125,6 +128,21 @@ def _device() -> str:
     name = distributed.get_worker().name
     n_devices = torch.cuda.device_count()
     return f"cuda:{name % n_devices}" if isinstance(name, int) and n_devices else "auto"
+
+
+def _sent(order: Order) -> Order:
+    """Return an order whose clips name local files by absolute paths."""
+    clips = []
+    for clip in order.clips:
+        if clip is not None:
+            sources = {name: path and _absolute(path) for name, path in clip.sources.items()}
+            clip = replace(clip, video=_absolute(clip.video), sources=sources)
+        clips.append(clip)
+    return replace(order, clips=tuple(clips))
+
+
+def _absolute(path: Path) -> Path:
+    return path.absolute() if is_local(path) else path
 
 
 def _rooted(model: Any) -> Any:

@@ -148,6 +148,28 @@ def test_error_of_a_worker_comes_through_and_leaves_its_worker_fit(sample, data,
     assert leases(data.cache) == []
 
 
+def test_worker_that_would_make_other_tokens_refuses_and_names_what_differs(sample, data, scheduler):
+    names, orders = planned(sample / "few.csv", data)
+    other = CONFIG.model_copy(update={"scheduler": scheduler, "seed": 1})  # as if it had other weights
+    with Cluster(data, other, names) as cluster, pytest.raises(CacheError, match=r"backbone\.weights is .*, asked for"):
+        cluster.make(orders, lambda _: None)
+    assert extract(sample / "few.csv", data).n_written == 20
+
+
+def test_clips_reach_workers_that_live_in_another_folder(sample, data, scheduler, tmp_path, monkeypatch):
+    plain = distributed.Client.map
+
+    def elsewhere(self, *orders, **how):
+        monkeypatch.chdir(tmp_path)
+        return plain(self, *orders, **how)
+
+    monkeypatch.setattr(distributed.Client, "map", elsewhere)
+    monkeypatch.chdir(sample)
+    report = extract(Path("all.csv"), data, scheduler=scheduler)
+    assert report.failures == {"audio": {}, "detections": {}}
+    assert report.n_written == 48
+
+
 class NamedWorker:
     """Stands for the worker that asks for its device."""
 
@@ -163,6 +185,32 @@ def test_each_worker_of_a_machine_takes_a_gpu_of_its_own(monkeypatch, name, n_de
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n_devices)
     monkeypatch.setattr(distributed, "get_worker", lambda: NamedWorker(name))
     assert module._device() == device
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "given"),
+    [
+        ("auto", "cuda:3", "cuda:3"),
+        ("cuda", "cuda:3", "cuda:3"),
+        ("cuda:1", "cuda:3", "cuda:1"),
+        ("cpu", "cuda:3", "cpu"),
+        ("auto", "auto", "auto"),
+        ("cuda", "auto", "cuda"),  # which then says that there is none
+    ],
+)
+def test_device_that_is_asked_for_by_kind_is_the_workers_own_one(monkeypatch, asked, own, given):
+    built = []
+
+    class Seen(module.Engine):
+        def __init__(self, data, config, names):
+            built.append(config.device)
+            raise CacheError("seen")
+
+    monkeypatch.setattr(module, "Engine", Seen)
+    sent = Cluster(DataConfig(), CONFIG.model_copy(update={"device": asked}), {}).work
+    with pytest.raises(CacheError, match="seen"):
+        module._engine(*sent, own)
+    assert built == [given]
 
 
 def test_settings_reach_the_workers_with_paths_that_hold_in_their_folder(tmp_path, monkeypatch):

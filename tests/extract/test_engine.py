@@ -193,7 +193,8 @@ def high_water(table, data, config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "shard_rows", "n", "clips"), [(1, 4, 60, 12), (2, 40, 80, 48), (40, 80, 160, 120)]
+    ("batch_size", "shard_rows", "n", "clips"),
+    [(1, 4, 60, 12), (2, 40, 80, 48), pytest.param(40, 80, 160, 120, marks=pytest.mark.slow)],
 )
 def test_what_is_in_memory_does_not_grow_with_the_number_of_clips(
     sample, data, monkeypatch, batch_size, shard_rows, n, clips
