@@ -209,7 +209,7 @@ def time_one(way: str, folder: Path, n_clips: int) -> float:
     expected, numbers = clip(0)[-1, -1], []
     start = time.perf_counter()
     for batch in read():
-        numbers.append(np.array(batch[:, 0, 0]))
+        numbers.append(np.asarray(batch[:, 0, 0]).copy())
         if not (np.asarray(batch[:, -1, -1]) == expected).all():
             raise SystemExit(f"{way}: wrong values")
     seconds = time.perf_counter() - start

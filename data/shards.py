@@ -8,6 +8,8 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from math import prod
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from google_crc32c import value as crc32c
 from zarr.storage import MemoryStore
 
 from .errors import CacheError
+from .modality import UNWRITTEN
 from .places import is_local
 from .publish import read_json
 
 MISSING = 2**64 - 1  # as the offset of a chunk that was left out, in the file
 LEFT_OUT = -1  # and here
 OPEN_FILES = 128
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of the container, where there is one
+MEMORY_SHARE = 4  # of the memory for one array: as many as four modalities are read side by side
 AGAIN = "Run karmma cache verify --drop, then karmma extract."
 
 
@@ -34,6 +39,18 @@ def shard_file(folder: Path, shard: int, view: int) -> Path:
 def state_file(folder: Path, shard: int, view: int) -> Path:
     """Return the file of one shard and view of the state array in `folder`."""
     return folder / "c" / str(shard) / str(view)
+
+
+def is_plain_state(states: zarr.Array, shard_rows: int) -> bool:
+    """Say whether every chunk of an array of states is a file of bytes, one a clip."""
+    return (
+        states.chunks == (shard_rows, 1)
+        and states.shards is None
+        and states.dtype == np.uint8
+        and states.fill_value == UNWRITTEN
+        and [type(codec).__name__ for codec in states.metadata.codecs] == ["BytesCodec"]
+        and states.metadata.chunk_key_encoding.encode_chunk_key((0, 0)) == "c/0/0"
+    )
 
 
 def encode_shard(like: zarr.Array, rows: np.ndarray) -> bytes:
@@ -92,18 +109,26 @@ def _offsets(index: bytes, shard_rows: int, chunk_bytes: int, where: Path | str)
     return np.where(left_out, LEFT_OUT, offsets.astype(np.int64)).tolist()
 
 
+def memory_bytes() -> int:
+    """Return the memory of this machine, or what its container may use of it."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    text = LIMIT.read_text().strip() if LIMIT.exists() else ""
+    return min(whole, int(text)) if text.isdecimal() else whole
+
+
 class ShardFiles:
     """Positional reads of single clips from the shards of one token array [N, V, k, D], by any number of threads.
 
-    The index of each shard is read once.  Files are read at a position instead of being mapped: where a cache is larger
-    than the memory, the first touch of every mapped page would be a wait of its own.
+    The index of each shard is read once.  Files are mapped where the array may stay in memory, which spares a copy by
+    the kernel, and else read at a position: the first touch of every mapped page would be a wait of its own.
     """
 
     def __init__(self, folder: Path) -> None:
         meta = read_json(folder / "zarr.json")
         self.folder, self.shape = folder, tuple(meta["shape"])
         self.shard_rows = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
-        self.chunk_bytes = int(np.prod(self.shape[2:])) * np.dtype(meta["data_type"]).itemsize
+        self.chunk_bytes = prod(self.shape[2:]) * 2  # float16
+        self._is_mapped = prod(self.shape) * 2 <= memory_bytes() // MEMORY_SHARE
         self._index: dict[tuple[int, int], list[int]] = {}
         self._open: OrderedDict[tuple[int, int], _File] = OrderedDict()
         self._lock = threading.Lock()
@@ -153,7 +178,7 @@ class ShardFiles:
     def _opened(self, key: tuple[int, int]) -> "_File":
         with self._lock:
             if key not in self._open:
-                file = _File(self.path(*key))
+                file = _File(self.path(*key), self._is_mapped)
                 if key not in self._index:
                     n = _index_bytes(self.shard_rows)
                     index = bytearray(n)
@@ -197,12 +222,15 @@ class ShardFiles:
 class _File:
     """An open file that closes itself once nobody uses it: a thread may be reading when another lets go of it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_mapped: bool) -> None:
         self.path, self.number = path, -1
         try:
             self.number = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise CacheError(f"{path}: this shard is missing. Extract again.") from None
+        is_mapped = is_mapped and os.fstat(self.number).st_size > 0
+        # A file of ours never changes under its name, so that what is mapped stays there.
+        self._bytes = np.frombuffer(mmap(self.number, 0, access=ACCESS_READ), np.uint8) if is_mapped else None
 
     def __del__(self) -> None:
         if self.number >= 0:
@@ -210,6 +238,10 @@ class _File:
 
     def read_into(self, part: memoryview, offset: int) -> int:
         """Fill `part` from a position; return the number of bytes, less than asked for only at the end of the file."""
+        if self._bytes is not None:
+            found = self._bytes[offset : offset + len(part)]
+            np.frombuffer(part, np.uint8)[: len(found)] = found
+            return len(found)
         at = 0
         try:
             while at < len(part) and (found := os.preadv(self.number, [part[at:]], offset + at)):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,9 +14,9 @@ from .config import digest
 from .errors import CacheError, IncompleteCacheError, KarmmaError
 from .identity import FORMAT
 from .modality import PRESENT, UNWRITTEN
-from .places import place, read_bytes, zarr_store
+from .places import is_local, place, read_bytes, zarr_store
 from .publish import publish, publish_folder, read_json
-from .shards import ShardFiles, decode_shard, encode_shard, shard_file, state_file
+from .shards import AGAIN, ShardFiles, decode_shard, encode_shard, is_plain_state, shard_file, state_file
 
 
 def _opened(path: Path) -> zarr.Group:
@@ -150,7 +150,20 @@ class TokenStore:
             raise IncompleteCacheError(
                 f"{self.path}: has {self.n_views} view(s), asked for view {view}. Extract with --views {view + 1}."
             )
-        return np.asarray(self.states[:, view])[rows]
+        return self._states(view)[rows]
+
+    def _states(self, view: int) -> np.ndarray:
+        """Return the state [N] of all clips in a view; zarr needs a good half of a millisecond for each shard of it."""
+        if self._files is None or not is_local(self.path) or not is_plain_state(self.states, self.shard_rows):
+            return np.asarray(self.states[:, view])
+        out = np.full(-(-self.n_clips // self.shard_rows) * self.shard_rows, UNWRITTEN, np.uint8)
+        for shard, part in enumerate(out.reshape(-1, self.shard_rows)):
+            with suppress(FileNotFoundError):
+                found = state_file(self.path / "state", shard, view).read_bytes()
+                if len(found) != self.shard_rows:
+                    raise CacheError(f"{self.path}: a state of {len(found)} bytes, expected {self.shard_rows}. {AGAIN}")
+                part[:] = np.frombuffer(found, np.uint8)
+        return out[: self.n_clips]
 
     def read(self, rows: np.ndarray, view: int, out: np.ndarray | None = None) -> np.ndarray:
         """Return tokens [n, k, D] float16 of rows, in their order; rows that are absent or failed hold NaN.

@@ -10,7 +10,7 @@ import zarr
 from karmma.data.batches import TokenReader, plan_epoch
 from karmma.data.errors import CacheError
 from karmma.data.modality import PRESENT
-from karmma.data.shards import OPEN_FILES, ShardFiles
+from karmma.data.shards import OPEN_FILES, ShardFiles, memory_bytes
 from karmma.data.stores import TokenStore
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
@@ -130,3 +130,36 @@ def test_batch_let_go_of_while_its_gradient_needs_it_is_not_written_over(tmp_pat
     sum(graphs).backward()
     wanted = VALUES[[0, 1, 2, 3, 5, 6], 0].astype(np.float32).sum((0, 1))
     assert np.allclose(weight.grad, wanted, atol=0.05)
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_mapped_or_read_at_a_position_the_values_are_the_same(tmp_path, monkeypatch, is_mapped):
+    monkeypatch.setattr("karmma.data.shards.memory_bytes", lambda: 2**40 if is_mapped else 0)
+    store, rows = written(tmp_path / "x.zarr", LAYOUTS["ours"][0]), np.array([9, 4, 0, 10])
+    assert np.array_equal(store.read(rows, 1), VALUES[rows, 1])
+    assert {file._bytes is not None for file in store._files._open.values()} == {is_mapped}
+    shard = tmp_path / "x.zarr/tokens/c/1/1/0/0"
+    shard.write_bytes(shard.read_bytes()[-68:])  # the index alone, which points beyond the end
+    with pytest.raises(CacheError, match=r"tokens/c/1/1/0/0: a clip has \d+ bytes, expected 30"):
+        TokenStore.open(tmp_path / "x.zarr").read(np.array([7]), 1)
+
+
+def test_memory_is_that_of_the_container_where_it_has_less(monkeypatch, tmp_path):
+    whole = memory_bytes()
+    assert 2**28 < whole < 2**50
+    monkeypatch.setattr("karmma.data.shards.LIMIT", tmp_path / "memory.max")
+    for text, expected in (("max\n", whole), ("1048576\n", 2**20), (f"{2**60}\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        assert memory_bytes() == expected
+
+
+def test_states_read_from_their_files_are_those_that_zarr_reads(tmp_path):
+    store = TokenStore.create(tmp_path / "x.zarr", (N, V, K, D), 4, {})
+    for shard, view in ((0, 0), (2, 0), (1, 1)):
+        state = np.array([1, 2, 3, 1][: N - 4 * shard], np.uint8)
+        store.write_shard(shard, view, VALUES[4 * shard : 4 * shard + 4, view], state)
+    for view in range(V):
+        assert store.state(np.arange(N), view).tolist() == np.asarray(store.states[:, view]).tolist()
+    (tmp_path / "x.zarr/state/c/2/0").write_bytes(b"\1")
+    with pytest.raises(CacheError, match="a state of 1 bytes, expected 4"):
+        store.state(np.array([0]), 0)
