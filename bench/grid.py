@@ -2,7 +2,7 @@
 
     python bench/grid.py [--shared ../shared] [--clips 1000] [--precision float32] [--epochs 30] [--folder DIR]
 
-DINOv2 ViT-S/14 looks at ten frames of the mouth, and at the flow between them, at 112 pixels; Whisper tiny.en hears the
+DINOv2 ViT-S/14 looks at ten frames of the mouth, and at the flow between them, at 84 pixels; Whisper tiny.en hears the
 sentence.  Runs `karmma extract`, `extract` again, `cache verify` and `train-teacher`, each as a user would, and prints
 the seconds of each, the states, and the teacher's accuracy on validation.
 """
@@ -24,10 +24,10 @@ media = "{shared}/data/grid"
 heads = ["verb", "colour"]
 modalities = ["video", "flow", "audio"]
 frames = 10
-size = 112
+size = 84
 crop_box = [115, 165, 211, 261]
 center_crop = 1.0
-flow_size = 112
+flow_size = 84
 audio_segment_s = 0.3
 audio_hop = 160
 audio_steps = 30
@@ -36,7 +36,7 @@ audio_window = 400
 audio_fft = 400
 
 [extract]
-theta = 160  # groups of four patches; Whisper's 150 tokens stay as they are
+theta = 180  # pairs of patches; Whisper's 150 tokens stay as they are
 shard_rows = 64
 precision = "{precision}"
 video = {{name = "timm:vit_small_patch14_dinov2", weights = "{shared}/weights/vit_small_patch14_dinov2.safetensors"}}

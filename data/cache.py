@@ -47,7 +47,7 @@ class Cache:
     def _read_rows(self) -> None:
         try:
             source = pa.BufferReader(read_bytes(self._rows_file))
-            held = pq.read_table(source, page_checksum_verification=True).to_pydict()
+            held = pq.ParquetFile(source, page_checksum_verification=True).read(use_threads=False).to_pydict()
             if list(held) != COLUMNS:
                 raise pa.ArrowInvalid(f"its columns are {', '.join(held)}, expected {', '.join(COLUMNS)}")
         except FileNotFoundError:

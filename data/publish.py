@@ -22,9 +22,11 @@ Buffer = bytes | memoryview | Any
 
 def _machine() -> str:
     """Return 8 hex digits for the machine, or the container in it, whose process numbers a name may hold."""
-    numbers = Path("/proc/self/ns/pid")
+    numbers, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")
     kind = os.stat(numbers).st_ino if numbers.exists() else 0
-    return hashlib.sha256(f"{platform.node()} {kind}".encode()).hexdigest()[:8]
+    # Names alone will not do: machines made from one image may share theirs.
+    started = boot.read_text().strip() if boot.exists() else ""
+    return hashlib.sha256(f"{platform.node()} {kind} {started}".encode()).hexdigest()[:8]
 
 
 # Several machines may share the folder.

@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 
 from .config import digest
-from .errors import CacheError, IncompleteCacheError, KarmmaError
+from .errors import CacheError, IncompleteCacheError, KarmmaError, is_memory_short
 from .identity import FORMAT
 from .modality import PRESENT, UNWRITTEN
 from .places import is_local, place, read_bytes, zarr_store
@@ -36,7 +36,11 @@ def _described(path: Path) -> Iterator[None]:
         yield
     except CacheError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read: {error}. Mend that and give the command again.") from None
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        if is_memory_short(error):  # which says nothing about the store
+            raise
         raise CacheError(f"{path}: damaged: {error}. Run karmma cache verify.") from None
 
 
