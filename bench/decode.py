@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 from karmma.data.annotations import Clip
 from karmma.data.config import DataConfig
+from karmma.data.media import EPSILON_S
 from karmma.data.raw import read_clips
 from karmma.data.readers import ReaderPool
 from karmma.data.video import video_picture
@@ -82,7 +83,7 @@ def by_plain_pyav(clips: list[Clip]) -> list[np.ndarray]:
             stream = container.streams.video[0]
             container.seek(int(times[0] / stream.time_base), stream=stream)
             for frame in container.decode(stream):
-                while done < len(times) and latest is not None and times[done] < frame.time - 1e-6:
+                while done < len(times) and latest is not None and times[done] < frame.time - EPSILON_S:
                     array[done] = video_picture(latest.to_ndarray(format="rgb24"), VIEW, DATA.size)
                     done += 1
                 latest = frame

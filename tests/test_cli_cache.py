@@ -262,6 +262,7 @@ def test_clips_that_fail_at_import_are_named_and_end_with_exit_code_3(here, caps
     assert (code, "1 clips of far.h5 are not in" in err, "clip_0011" in err) == (3, True, True)
 
 
+@pytest.mark.slow
 def test_features_from_elsewhere_train_a_teacher(here, capsys):
     values = np.sin(np.arange((N_CLIPS + 1) * 3 * 8)).reshape(-1, 3, 8)
     values[2] = np.nan
@@ -283,6 +284,7 @@ def test_features_from_elsewhere_train_a_teacher(here, capsys):
     assert "Nothing to do" in run(capsys, "cache", "prune", "--cache", "other")[2]
 
 
+@pytest.mark.slow
 def test_foreign_teachers_logits_distil_a_student(here, capsys):
     """The paper's KARMMA_[43] -> S."""
     values = np.sin(np.arange((N_CLIPS + 1) * 4)).reshape(-1, 4)

@@ -27,6 +27,15 @@ MICRO = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other cost more here than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @cache
 def theirs(name="swin3d_micro"):
     """torchvision's own network with a head for 400 classes, bias tables large enough to matter."""

@@ -20,9 +20,9 @@ MODELS = [
     ("eva02_tiny_patch14_224", 28, 4, 1, 192),
     ("swin_tiny_patch4_window7_224", 64, 4, 0, 768),
     ("tiny_vit_5m_224", 64, 4, 0, 320),
-    ("levit_128s", 224, 16, 0, 384),
 ]
 MORE = [
+    ("levit_128s", 224, 16, 0, 384),
     ("vit_small_patch16_dinov3", 32, 4, 5, 384),
     ("vit_small_patch14_reg4_dinov2", 28, 4, 5, 384),
     ("deit3_small_patch16_224", 32, 4, 1, 384),
@@ -39,6 +39,15 @@ MORE = [
     ("gcvit_xxtiny", 224, 49, 0, 512),
     ("maxvit_rmlp_pico_rw_256", 256, 64, 0, 256),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other cost more here than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def clips(side, n_frames=3):
@@ -104,9 +113,14 @@ def test_flow_is_normalised_so_that_no_motion_is_zero_and_sound_becomes_square_i
         ("vit_tiny_patch16_224.nonsense", 32, r"timm:vit_tiny_patch16_224.nonsense: .*Invalid pretrained tag"),
         ("resnet18", 64, r"ResNet of timm gives \[1, 512, 2, 2\], no tokens \[B, n, D\]. Choose a transformer."),
         ("convnext_atto", 64, r"ConvNeXt of timm gives .* Choose a transformer."),
-        ("crossvit_tiny_240", 240, r"CrossVit of timm gives .* Choose"),
+        pytest.param("crossvit_tiny_240", 240, r"CrossVit of timm gives .* Choose", marks=pytest.mark.slow),
         ("vit_tiny_patch16_224", 40, r"patches of 16 pixels do not divide 40. Set size to \[32, 48\]."),
-        ("volo_d1_224", 64, "timm:volo_d1_224: not for pictures of 64 pixels: .* Change size."),
+        pytest.param(
+            "volo_d1_224",
+            64,
+            "timm:volo_d1_224: not for pictures of 64 pixels: .* Change size.",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_model_that_does_not_exist_or_gives_no_tokens_is_refused(name, side, message):

@@ -84,6 +84,7 @@ def extract(file: Path) -> int:
     return extract_tokens(sections.table(), sections.data, sections.extract).n_written
 
 
+@pytest.mark.slow
 def test_extraction_in_the_store_gives_the_bytes_of_a_local_cache(settings, sample, bucket, tmp_path):
     lines = (sample / "clips.csv").read_text().splitlines()
     (tmp_path / "some.csv").write_text("\n".join(lines[:9]) + "\n")

@@ -156,6 +156,7 @@ def slow_home(home):
     return home
 
 
+@pytest.mark.slow
 def test_backbone_of_another_package_extracts_on_the_command_line(home, sample):
     code, said = ended(home.extract("--cache", "c"))
     assert code == 0, "\n".join(said)

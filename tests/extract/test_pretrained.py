@@ -50,6 +50,15 @@ def offline(monkeypatch):
     transformers.logging.disable_progress_bar()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other cost more here than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def saved(folder, kind, config):
     """Save a model with random weights, and what its preprocessing is, as a folder; return the model."""
     torch.manual_seed(0)
