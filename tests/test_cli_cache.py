@@ -285,10 +285,8 @@ def test_features_from_elsewhere_train_a_teacher(here, capsys):
 
 
 @pytest.mark.slow
-def test_foreign_teachers_logits_distil_a_student(here, capsys):
-    """The paper's KARMMA_[43] -> S."""
-    values = np.sin(np.arange((N_CLIPS + 1) * 4)).reshape(-1, 4)
-    write_foreign(here / "KARMMA_[43].h5", logits__verb=values)
+def test_foreign_teachers_logits_distil_a_student(here, capsys):  # the paper's KARMMA_[43] -> S
+    write_foreign(here / "KARMMA_[43].h5", logits__verb=np.sin(np.arange((N_CLIPS + 1) * 4)).reshape(-1, 4))
     code, _, err = run(capsys, "cache", "import", "KARMMA_[43].h5")
     assert (code, "12 logits are now teacher " in err) == (0, True)
     (path,) = (here / "cache/logits").glob("*.zarr")

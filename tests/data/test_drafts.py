@@ -191,10 +191,7 @@ def test_absent_and_failed_rows_hold_nan_whatever_the_backbone_gave(cache):
     assert list(verify(cache)) == []
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("step", ["extend", pytest.param("grow", marks=SLOW), pytest.param("add_rows", marks=SLOW)])
+@pytest.mark.parametrize("step", ["extend", *(pytest.param(s, marks=pytest.mark.slow) for s in ("grow", "add_rows"))])
 def test_killed_at_any_call_and_done_again_gives_the_same_bytes(cache, tmp_path, step):
     if step != "add_rows":
         add_rows(cache.path)
