@@ -69,7 +69,7 @@ def main() -> None:
     """Write the settings, run the commands and print what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("KARMMA_SHARED", "../shared")))
-    parser.add_argument("--clips", type=int, default=1000, help="the first so many of the table")
+    parser.add_argument("--clips", type=int, default=1000, help="so many, spread over the table")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--folder", type=Path, help="where cache and runs are written, and left")
@@ -79,7 +79,8 @@ def main() -> None:
         folder = asked.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         with open(shared / "data/grid/clips.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))[: asked.clips + 1]
+            header, *all_rows = csv.reader(file)
+        rows = [header, *all_rows[:: max(1, len(all_rows) // asked.clips)][: asked.clips]]
         with open(folder / "clips.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
         settings = SETTINGS.format(shared=shared, precision=asked.precision, epochs=asked.epochs)

@@ -26,7 +26,7 @@ from ..data.settings import rooted_backbone
 from .config import BackboneConfig, ExtractConfig
 from .engine import Engine
 
-# Times that a shard is tried whose worker was lost.
+# Times that a shard is tried again that failed; one whose worker was lost is counted by Dask (allowed-failures).
 RETRIES = 3
 # What Dask says of its comings and goings is of no use beside our own line.
 for _name in ("distributed", "distributed.client"):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import distributed
@@ -115,18 +116,24 @@ def test_cluster_gives_the_bytes_of_the_plain_engine_and_builds_its_model_once(s
     assert leases(data.cache) == []
 
 
-def children():
-    found = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
-    return [pid for pid in found if "karmma.data.reader" in Path(f"/proc/{pid}/cmdline").read_text()]
+def readers():
+    """Return the reader processes of this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"karmma.data.reader" in (folder / "cmdline").read_bytes():
+                found.append(folder.name)
+    return found
 
 
 def test_worker_makes_what_is_appended_and_lets_go_of_an_earlier_extraction(sample, data, scheduler):
     boxes = data.model_copy(update={"modalities": ("detections",)})
     assert extract(sample / "few.csv", boxes, scheduler=scheduler).n_written == 10
     assert extract(sample / "all.csv", boxes, scheduler=scheduler).n_written == 14
-    assert len(children()) == 1
+    assert len(readers()) == 1
     assert extract(sample / "few.csv", boxes, scheduler=scheduler, theta=2).n_written == 10
-    assert len(children()) == 1  # readers, and a model on the GPU, of what nobody asks for any more
+    assert len(readers()) == 1  # readers, and a model on the GPU, of what nobody asks for any more
     other = boxes.model_copy(update={"cache": data.cache.with_name("other")})
     extract(sample / "all.csv", other)
     made = contents(data.cache)
