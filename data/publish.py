@@ -265,7 +265,12 @@ def read_json_files(folder: Path) -> dict[str, Any]:
     else:
         files = [file for file in folder.fs.find(folder.path) if file.endswith(".json")]
         # All at once: one answer may take as long as the other thousand.
-        texts = folder.fs.cat(files, on_error="omit") if files else {}
+        texts = folder.fs.cat(files, on_error="return") if files else {}
+        for file, text in list(texts.items()):
+            if isinstance(text, FileNotFoundError):  # superseded just now
+                del texts[file]
+            elif isinstance(text, Exception):  # a store that does not answer must not look like one that is empty
+                raise text
     found: dict[str, Any] = {}
     for file, text in texts.items():
         stem = file.rpartition("/")[2].removesuffix(".json")

@@ -20,7 +20,7 @@ from zarr.storage import MemoryStore
 
 from .errors import CacheError
 from .modality import UNWRITTEN
-from .places import is_local
+from .places import is_local, storage_errors
 from .publish import read_json
 
 MISSING = 2**64 - 1  # as the offset of a chunk that was left out, in the file
@@ -119,7 +119,7 @@ def memory_bytes() -> int:
 class ShardFiles:
     """Positional reads of single clips from the shards of one token array [N, V, k, D], by any number of threads.
 
-    The index of each shard is read once.  Files are mapped where the array may stay in memory, which spares a copy by
+    The index of each file is read once.  Files are mapped where the array may stay in memory, which spares a copy by
     the kernel, and else read at a position: the first touch of every mapped page would be a wait of its own.
     """
 
@@ -164,7 +164,8 @@ class ShardFiles:
             self._fetch(keys, withins, flat)
             return
         for place, (key, within) in enumerate(zip(keys, withins, strict=True)):
-            file, offset = self._opened(key), self._index[key][within]
+            file = self._opened(key)
+            offset = file.offsets[within]
             part = flat[place * size : (place + 1) * size]
             if offset == LEFT_OUT:
                 _fill_with_nan(part)
@@ -178,13 +179,11 @@ class ShardFiles:
     def _opened(self, key: tuple[int, int]) -> "_File":
         with self._lock:
             if key not in self._open:
-                file = _File(self.path(*key), self._is_mapped)
-                if key not in self._index:
-                    n = _index_bytes(self.shard_rows)
-                    index = bytearray(n)
-                    file.read_into(memoryview(index), max(os.fstat(file.number).st_size - n, 0))
-                    self._index[key] = _offsets(bytes(index), self.shard_rows, self.chunk_bytes, file.path)
-                self._open[key] = file
+                file = self._open[key] = _File(self.path(*key), self._is_mapped)
+                index = bytearray(_index_bytes(self.shard_rows))
+                file.read_into(memoryview(index), max(os.fstat(file.number).st_size - len(index), 0))
+                # They belong to this very file: the shard may be made anew, with other chunks left out, while we read.
+                file.offsets = _offsets(bytes(index), self.shard_rows, self.chunk_bytes, file.path)
                 if len(self._open) > OPEN_FILES:
                     self._open.popitem(last=False)  # closed once the last thread has read from it
             self._open.move_to_end(key)
@@ -192,11 +191,10 @@ class ShardFiles:
 
     def _fetch(self, keys: list[tuple[int, int]], withins: list[int], flat: memoryview) -> None:
         """Do as `read_into` from an object store: all indices that are needed at once, then all clips at once."""
-        new = sorted(set(keys) - self._index.keys())
-        n, size = _index_bytes(self.shard_rows), self.chunk_bytes
-        for key, index in zip(new, self._ranges(new, [-n] * len(new), None), strict=True):
-            self._index[key] = _offsets(index, self.shard_rows, size, self.path(*key))
-        offsets = [self._index[key][within] for key, within in zip(keys, withins, strict=True)]
+        size, shards = self.chunk_bytes, sorted(set(keys))
+        self._index.update(self._indices([key for key in shards if key not in self._index]))
+        used = {key: self._index[key] for key in shards}
+        offsets = [used[key][within] for key, within in zip(keys, withins, strict=True)]
         there = [place for place, offset in enumerate(offsets) if offset != LEFT_OUT]
         found = iter(self._ranges([keys[place] for place in there], [offsets[place] for place in there], size))
         for place, offset in enumerate(offsets):
@@ -207,6 +205,16 @@ class ShardFiles:
                 raise CacheError(f"{self.path(*keys[place])}: a clip has {len(data)} bytes, expected {size}. {AGAIN}")
             else:
                 part[:] = data
+        for key, index in self._indices(shards).items():
+            if index != used[key]:  # its chunks lie elsewhere by now
+                self._index.pop(key, None)
+                raise CacheError(f"{self.path(*key)}: was made anew while it was read. Give the command again.")
+
+    def _indices(self, keys: list[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+        """Return where the chunks of some shards of an object store begin."""
+        n = _index_bytes(self.shard_rows)
+        found = zip(keys, self._ranges(keys, [-n] * len(keys), None), strict=True)
+        return {key: _offsets(index, self.shard_rows, self.chunk_bytes, self.path(*key)) for key, index in found}
 
     def _ranges(self, keys: list[tuple[int, int]], starts: list[int], n_bytes: int | None) -> Iterable[bytes]:
         ends = [None if n_bytes is None else start + n_bytes for start in starts]
@@ -215,7 +223,7 @@ class ShardFiles:
             return self.folder.fs.cat_ranges(paths, starts, ends, on_error="raise") if keys else []
         except FileNotFoundError as error:
             raise CacheError(f"{error}: this shard is missing. Extract again.") from None
-        except OSError as error:
+        except storage_errors() as error:
             raise CacheError(f"{self.folder}: cannot be read: {error}. Give the command again.") from None
 
 
@@ -223,7 +231,7 @@ class _File:
     """An open file that closes itself once nobody uses it: a thread may be reading when another lets go of it."""
 
     def __init__(self, path: Path, is_mapped: bool) -> None:
-        self.path, self.number = path, -1
+        self.path, self.number, self.offsets = path, -1, []
         try:
             self.number = os.open(path, os.O_RDONLY)
         except FileNotFoundError:

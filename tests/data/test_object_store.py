@@ -135,7 +135,8 @@ def test_tokens_in_the_store_are_those_on_disk(tokens, requests_of):
     assert np.array_equal(group["tokens"][:], here.tokens[:], equal_nan=True)
     requests_of.clear()
     there.read_written(rows, 0)
-    assert requests_of == ["get_object"] * 4  # the indices are known, the absent clip is not asked for
+    # Four clips, the absent one is not asked for; then the three indices again: nobody has made a shard anew meanwhile.
+    assert requests_of == ["get_object"] * 7
     plan = [np.array([3, 2]), np.array([8])]
     for one, other in zip(*(TokenReader({"audio": s}, np.arange(10)).batches(plan, 0) for s in tokens), strict=True):
         assert np.array_equal(one.tokens["audio"].numpy(), other.tokens["audio"].numpy())
@@ -235,3 +236,18 @@ def test_pack_in_the_store_keeps_the_name_within_it(bucket):
     assert (str(file), name) == (f"{bucket}/packs/rgb.h5", "P01/P01_06")
     assert not exists(file)
     assert not is_folder(file)
+
+
+def test_shard_made_anew_between_two_readings_never_gives_another_clips_tokens(tokens):
+    """An absent clip takes no room in a shard: once it is there, every other one lies elsewhere."""
+    whole = np.arange(160, dtype=np.float16).reshape(4, 5, 8)
+    for store in tokens:
+        before = store.read(np.array([3]), 0)
+        store.write_shard(0, 0, whole, np.full(4, PRESENT, np.uint8))
+        if store is tokens[0]:  # an open file is still the one that it was; one that is opened anew is the new one
+            assert np.array_equal(store.read(np.array([3]), 0), before)
+            store._files._open.clear()
+        else:
+            with pytest.raises(CacheError, match="was made anew while it was read"):
+                store.read(np.array([3]), 0)
+        assert np.array_equal(store.read(np.array([3]), 0)[0], whole[3])
