@@ -57,7 +57,8 @@ def extract(*, settings: Settings) -> None:
     if report.n_written:
         tell(f"Extracted {report.n_written} (clip, view, modality).")
     else:
-        tell("Nothing to do: the cache is complete.")
+        part = settings.extract.part
+        tell("Nothing to do: " + ("the cache is complete." if part == "1/1" else f"part {part} is complete."))
     if report.n_failed:
         tell(f"{report.n_failed} failed. Mend the files and run again with --retry-failed.")
         raise typer.Exit(SOME_FAILED)

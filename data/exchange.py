@@ -13,7 +13,7 @@ from .cache import Cache, table_digests
 from .config import digest
 from .drafts import open_store
 from .errors import CacheError, nearest
-from .foreign import ForeignFile, text_of, tokens_checksum
+from .foreign import ForeignFile, logits_checksum, text_of, tokens_checksum
 from .identity import FORMAT
 from .modality import ABSENT, FAILED, PRESENT, UNWRITTEN
 from .publish import written_by
@@ -45,6 +45,7 @@ def export_tokens(cache: Cache, stores: dict[str, str], teacher: str | None, pat
                 group[head] = _whole(values, cache.n_clips)
                 classes = list(map(str, store.attributes["classes"][head]))
                 file.create_dataset(f"classes/{head}", data=classes, dtype=h5py.string_dtype())
+            group.attrs["sha256"] = logits_checksum(file)
     return cache.n_clips
 
 
@@ -192,8 +193,24 @@ def import_logits(cache: Cache, foreign: ForeignFile, run: str) -> tuple[str, in
     about["classes"] = {head: list(foreign.table.classes(head)) for head in logits}
     about["teacher"] = about.get("teacher") or content.hexdigest()[:16]
     state = np.where(finite, PRESENT, UNWRITTEN)
+    _require_nothing_lost(cache, about["teacher"], state)
     LogitStore.write(cache.logits_path(about["teacher"]), logits, state, made_from, about)
     return about["teacher"], int(finite.sum())
+
+
+def _require_nothing_lost(cache: Cache, teacher: str, state: np.ndarray) -> None:
+    """Raise CacheError if logits that are here would be gone once those with `state` [N, V] take their place."""
+    path = cache.logits_path(teacher)
+    if not (path / "zarr.json").exists():
+        return
+    here = np.argwhere(LogitStore.open(path).states == PRESENT)
+    lost = [at for at in here.tolist() if at[1] >= state.shape[1] or state[tuple(at)] != PRESENT]
+    if lost:
+        clip_id = cache.clip_ids[lost[0][0]]
+        raise CacheError(
+            f"{path}: has logits of {len(lost)} (clip, view) that the file does not have, such as {clip_id}. "
+            "Import into another cache, or with the table of all clips."
+        )
 
 
 def _about(foreign: ForeignFile) -> dict[str, Any]:
@@ -205,6 +222,8 @@ def _about(foreign: ForeignFile) -> dict[str, Any]:
     teacher = about.get("teacher") if isinstance(about, dict) else None
     if not isinstance(teacher, str) or not re.fullmatch("[0-9a-z]{16}", teacher):
         raise CacheError(f"{foreign.path}: names its teacher {teacher!r}, expected a digest. Export it again.")
+    if foreign.group("logits").attrs.get("sha256") != logits_checksum(foreign.file):
+        raise CacheError(f"{foreign.path}: its logits fail their checksum. Fetch or export the file again.")
     return about
 
 

@@ -110,6 +110,17 @@ def tokens_checksum(file: "h5py.File", modality: str) -> str:
     return found.hexdigest()
 
 
+def logits_checksum(file: "h5py.File") -> str:
+    """Return the SHA-256 of clip ids, logits, classes, and what is said of where the logits come from."""
+    found = hashlib.sha256(str(file["logits"].attrs.get("about", "")).encode())
+    found.update(json.dumps([text_of(value) for value in file["clip_id"][:]]).encode())
+    for head in sorted(file["logits"]):
+        found.update(np.ascontiguousarray(file[f"logits/{head}"][:]))
+        if f"classes/{head}" in file:
+            found.update(json.dumps([text_of(value) for value in file[f"classes/{head}"][:]]).encode())
+    return found.hexdigest()
+
+
 def text_of(value: Any) -> str:
     """Return a text of an HDF5 file, which may come as bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)

@@ -192,8 +192,9 @@ class ShardFiles:
     def _fetch(self, keys: list[tuple[int, int]], withins: list[int], flat: memoryview) -> None:
         """Do as `read_into` from an object store: all indices that are needed at once, then all clips at once."""
         size, shards = self.chunk_bytes, sorted(set(keys))
-        self._index.update(self._indices([key for key in shards if key not in self._index]))
-        used = {key: self._index[key] for key in shards}
+        used = {key: index for key in shards if (index := self._index.get(key)) is not None}
+        used |= self._indices([key for key in shards if key not in used])
+        self._index.update(used)
         offsets = [used[key][within] for key, within in zip(keys, withins, strict=True)]
         there = [place for place, offset in enumerate(offsets) if offset != LEFT_OUT]
         found = iter(self._ranges([keys[place] for place in there], [offsets[place] for place in there], size))

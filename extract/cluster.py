@@ -26,6 +26,8 @@ from ..data.settings import rooted_backbone
 from .config import BackboneConfig, ExtractConfig
 from .engine import Engine
 
+# Seconds in which the first worker has to come.
+WORKERS_S = 60
 # Times that a shard is tried again that failed; one whose worker was lost is counted by Dask (allowed-failures).
 RETRIES = 3
 # What Dask says of its comings and goings is of no use beside our own line.
@@ -62,10 +64,12 @@ class Cluster:
                 )
             )
             self.client = self._stack.enter_context(distributed.Client(address, timeout=30))
+            self.client.wait_for_workers(1, timeout=WORKERS_S)
         except (OSError, TimeoutError, ValueError) as error:
             self._stack.close()
             raise ClusterError(
-                f"scheduler = {self.config.scheduler!r}: cannot be reached: {error}. Start one with dask scheduler."
+                f"scheduler = {self.config.scheduler!r}: cannot be reached: {error}. "
+                "Start dask scheduler, and dask worker for it."
             ) from None
         return self
 

@@ -5,13 +5,13 @@ records the digest under everything that decides those tensors; later runs look 
 """
 
 import hashlib
-from importlib.metadata import EntryPoints, entry_points, version
+from importlib.metadata import EntryPoints, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.cache import Cache
 from ..data.config import DataConfig, digest
-from ..data.errors import CacheError, ConfigError
+from ..data.errors import CacheError, ConfigError, InstallationError
 from ..data.identity import differences, tensors_digest, token_identity
 from ..data.publish import publish_json, read_json
 from .config import BackboneConfig, ExtractConfig
@@ -32,7 +32,10 @@ def backbone_request(modality: str, data: DataConfig, config: ExtractConfig) -> 
     """Return all that decides a backbone's tensors: name, input shape, and the weights by content."""
     chosen: BackboneConfig = getattr(config, modality)
     request = {"name": _shown(chosen.name), "modality": modality, "input_shape": list(data.input_shape(modality))}
-    request["libraries"] = {name: version(name) for name in _libraries(chosen.name)}
+    try:
+        request["libraries"] = {name: version(name) for name in _libraries(chosen.name)}
+    except PackageNotFoundError as error:
+        raise InstallationError(f"{chosen.name} needs {error.name}. Install it: pip install 'karmma[hf]'.") from None
     folder = hub_folder(chosen.name)
     if folder is not None:
         request["files"] = _files_digest(folder)

@@ -15,7 +15,7 @@ import torch
 from karmma.data.cache import Cache
 from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig
-from karmma.data.errors import CacheError
+from karmma.data.errors import CacheError, ClusterError
 from karmma.data.plan import plan_orders, plan_shards
 from karmma.data.sample import write_sample
 from karmma.extract import cluster as module
@@ -240,3 +240,11 @@ def test_scheduler_that_is_not_there_is_one_line(sample, tmp_path):
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("ClusterError: scheduler = 'tcp://127.0.0.1:9': cannot be reached: ")
+
+
+def test_scheduler_without_workers_is_one_line_and_not_a_wait_without_end(monkeypatch):
+    monkeypatch.setattr(module, "WORKERS_S", 0.5)
+    with distributed.LocalCluster(n_workers=0, processes=False, protocol="tcp://", dashboard_address=":0") as alone:
+        config = CONFIG.model_copy(update={"scheduler": alone.scheduler_address})
+        with pytest.raises(ClusterError, match="dask worker for it"), Cluster(DataConfig(), config, {}):
+            pass

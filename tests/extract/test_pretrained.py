@@ -2,6 +2,7 @@
 
 import json
 import wave
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from karmma.data.annotations import Clip
 from karmma.data.audio import read_samples
 from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig
-from karmma.data.errors import ConfigError
+from karmma.data.errors import ConfigError, InstallationError
 from karmma.data.identity import tensors_digest
 from karmma.data.media import Media
 from karmma.data.raw import read_clip
@@ -22,6 +23,7 @@ from karmma.data.views import draw_view
 from karmma.extract.backbones import build_backbone
 from karmma.extract.config import BackboneConfig, ExtractConfig
 from karmma.extract.stage import extract_tokens
+from karmma.extract.weights import backbone_request
 from safetensors.torch import load_file, save_file
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -270,3 +272,15 @@ def test_name_that_is_neither_folder_nor_within_reach_is_refused(tmp_path, monke
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError):
         build_backbone(f"hf:{Path(tmp_path, 'empty')}", "video", SHAPE, "pretrained")
+
+
+def test_without_transformers_one_is_told_what_to_install(monkeypatch):
+    def version(name):
+        if name == "transformers":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr("karmma.extract.weights.version", version)
+    config = ExtractConfig(video=BackboneConfig(name="hf:lab/model", weights="pretrained"))
+    with pytest.raises(InstallationError, match=r"needs transformers. Install it: pip install 'karmma\[hf\]'"):
+        backbone_request("video", DataConfig(), config)
