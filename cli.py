@@ -18,7 +18,7 @@ from .cli_cache import cache_app
 from .cli_options import INTERRUPTED, SOME_FAILED, Settings, out, sample_data, tell, tell_some, with_options
 from .data.annotations import SPLITS
 from .data.clips import read_rows
-from .data.errors import KarmmaError, is_memory_short
+from .data.errors import KarmmaError, is_memory_short, memory_short
 from .data.modality import letters
 from .data.places import storage_errors
 from .data.progress import watched
@@ -185,8 +185,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_memory_short(error):
             raise
-        why = str(error).partition("\n")[0].rstrip(".")
-        tell(f"MemoryShortError: Out of memory: {why or 'allocation failed'}. Close other programs and try again.")
+        tell(f"MemoryShortError: {memory_short(error, '', 'Close other programs and try again.')}")
         sys.exit(1)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:

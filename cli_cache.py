@@ -72,9 +72,7 @@ def verify(
         tell(f"{cache.path}: {n_shards} shards and all logits are sound.")
         return
     if drop:
-        shards, logits = (
-            {found for found in (getattr(d, kind) for d in damage) if found} for kind in ("shard", "logits")
-        )
+        shards, logits = {found.shard for found in damage} - {None}, {found.logits for found in damage} - {None}
         for shard in shards:
             cache.drop_receipt(*shard)
         for teacher in logits:

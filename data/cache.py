@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from .annotations import ClipTable
 from .config import digest
-from .errors import CacheError, IncompleteCacheError
+from .errors import CacheError, IncompleteCacheError, cause
 from .leases import Leases
 from .modality import MODALITIES
 from .places import names, place, read_bytes, sizes, storage_errors
@@ -57,8 +57,9 @@ class Cache:
                 f"{self._rows_file}: damaged: {error}. It names the cache's rows: restore it from a copy."
             ) from None
         except storage_errors() as error:  # a page that fails its checksum is an OSError too
-            why = getattr(error, "strerror", None) or error
-            raise CacheError(f"{self._rows_file}: {why}. Choose a folder that can be read and written.") from None
+            raise CacheError(
+                f"{self._rows_file}: {cause(error)}. Choose a folder that can be read and written."
+            ) from None
         self.clip_ids: list[str] = held.get("clip_id", [])
         self.sources: list[str] = held.get("sources", [])
         self.labels: list[str] = held.get("labels", [])
@@ -234,8 +235,12 @@ class Cache:
 
     def held(self, modality: str, name: str, view: int) -> np.ndarray:
         """Return for every row [N] the digest under which a view's shards hold it, '' where they do not."""
+        return self.held_by(self.valid_receipts(modality, name, view).values())
+
+    def held_by(self, receipts: Iterable[dict[str, Any]]) -> np.ndarray:
+        """Do as `held` for a view whose receipts have been read."""
         out = np.full(self.n_clips, "", "<U8")
-        for receipt in self.valid_receipts(modality, name, view).values():
+        for receipt in receipts:
             # Another process may have given the cache more rows since ours were read.
             part = out[receipt["first_row"] : receipt["first_row"] + len(receipt["rows"])]
             part[:] = receipt["rows"][: len(part)]

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .errors import ConfigError, MemoryShortError, is_memory_short
+from .errors import ConfigError, MemoryShortError, is_memory_short, memory_short
 
 
 def choose_device(name: str) -> torch.device:
@@ -33,5 +33,4 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_memory_short(error):
             raise
-        reason = str(error).partition("\n")[0].rstrip(".") or "allocation failed"
-        raise MemoryShortError(f"Out of memory for {what}: {reason}. {advice}") from None
+        raise memory_short(error, f" for {what}", advice) from None

@@ -65,6 +65,22 @@ def is_memory_short(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in SHORT)
 
 
+def memory_short(error: Exception, what: str, advice: str) -> MemoryShortError:
+    """Return the error of ours that stands for one of `is_memory_short`."""
+    reason = str(error).partition("\n")[0].rstrip(".") or "allocation failed"
+    return MemoryShortError(f"Out of memory{what}: {reason}. {advice}")
+
+
+def cause(error: Exception) -> str:
+    """Return what an error of FFmpeg, or of the system, says."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def one_line(error: Exception) -> str:
+    """Return what an error says, without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of an error line: the nearest known name, or all of them."""
     known = sorted(known)

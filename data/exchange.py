@@ -13,7 +13,7 @@ from .cache import Cache, table_digests
 from .config import digest
 from .drafts import open_store
 from .errors import CacheError, nearest
-from .foreign import ForeignFile, logits_checksum, text_of, tokens_checksum
+from .foreign import ForeignFile, logits_checksum, texts, tokens_checksum
 from .identity import FORMAT
 from .modality import ABSENT, FAILED, PRESENT, UNWRITTEN
 from .publish import written_by
@@ -60,11 +60,8 @@ def _export_modality(cache: Cache, modality: str, name: str, file: "h5py.File") 
     tokens.attrs["identity"] = json.dumps(cache.identities(modality)[name])
     digests = cache.row_digests()
     # A row that was made from other times than its clip has now is not there, for anybody who joins by clip id.
-    current = [cache.held(modality, name, view) == digests for view in range(n_views)]
-    states = [
-        np.where(now, rows.states(), UNWRITTEN).astype(np.uint8) for now, rows in zip(current, views, strict=True)
-    ]
-    state = file.create_dataset(f"state/{modality}", data=np.stack(states, axis=1))
+    current = [np.where(rows.held() == digests, rows.states(), np.uint8(UNWRITTEN)) for rows in views]
+    state = file.create_dataset(f"state/{modality}", data=np.stack(current, axis=1))
     for view, rows in enumerate(views):
         (there,) = np.nonzero(state[:, view] == PRESENT)
         for row, (_, values, _) in zip(there.tolist(), rows.read(there), strict=True):
@@ -240,7 +237,7 @@ def _head(foreign: ForeignFile, head: str) -> np.ndarray:
     wanted = list(foreign.table.classes(head))
     names = wanted
     if f"classes/{head}" in foreign.file:
-        names = [text_of(value) for value in foreign.dataset(f"classes/{head}")[:]]
+        names = texts(foreign.dataset(f"classes/{head}"))
         for name in set(wanted) - set(names):
             raise CacheError(f"{foreign.path}: no logits of the {head} {name!r}. {nearest(name, names)}")
     if values.ndim != 3 or values.shape[::2] != (len(foreign.rows), len(names)):

@@ -37,7 +37,7 @@ class ForeignFile:
     def __init__(self, path: Path, file: "h5py.File", table: ClipTable) -> None:
         self.path, self.file, self.table = path, file, table
         row_of = {clip_id: row for row, clip_id in enumerate(table.clip_ids.tolist())}
-        ids = [text_of(value) for value in self.dataset("clip_id")[:]]
+        ids = texts(self.dataset("clip_id"))
         if len(set(ids)) < len(ids):
             raise CacheError(f"{path}: clip_id names {len(ids) - len(set(ids))} clip(s) twice. Keep one row of each.")
         self.rows = np.array([row_of.get(clip_id, -1) for clip_id in ids], np.int64)  # of the table; -1 unknown
@@ -101,7 +101,7 @@ def tokens_checksum(file: "h5py.File", modality: str) -> str:
     """Return the SHA-256 of a modality's clip ids, states and tokens, these read piece by piece."""
     dataset, found = file[f"tokens/{modality}"], hashlib.sha256()
     found.update(str(dataset.attrs.get("identity", "")).encode())
-    found.update(json.dumps([text_of(value) for value in file["clip_id"][:]]).encode())
+    found.update(json.dumps(texts(file["clip_id"])).encode())
     if f"state/{modality}" in file:
         found.update(np.ascontiguousarray(file[f"state/{modality}"][:], np.uint8))
     step = max(1, PIECE_BYTES // max(1, dataset[:1].nbytes))
@@ -113,14 +113,14 @@ def tokens_checksum(file: "h5py.File", modality: str) -> str:
 def logits_checksum(file: "h5py.File") -> str:
     """Return the SHA-256 of clip ids, logits, classes, and what is said of where the logits come from."""
     found = hashlib.sha256(str(file["logits"].attrs.get("about", "")).encode())
-    found.update(json.dumps([text_of(value) for value in file["clip_id"][:]]).encode())
+    found.update(json.dumps(texts(file["clip_id"])).encode())
     for head in sorted(file["logits"]):
         found.update(np.ascontiguousarray(file[f"logits/{head}"][:]))
         if f"classes/{head}" in file:
-            found.update(json.dumps([text_of(value) for value in file[f"classes/{head}"][:]]).encode())
+            found.update(json.dumps(texts(file[f"classes/{head}"])).encode())
     return found.hexdigest()
 
 
-def text_of(value: Any) -> str:
-    """Return a text of an HDF5 file, which may come as bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)
+def texts(dataset: "h5py.Dataset") -> list[str]:
+    """Return the texts of a dataset, which may come as bytes."""
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[:]]

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from .errors import MediaError
+from .errors import MediaError, cause
 from .places import StoredFile, exists, is_local, place
 
 if TYPE_CHECKING:
@@ -276,8 +276,3 @@ class Media:
             self._container.close()
             self._container = None
         self._used = True
-
-
-def cause(error: Exception) -> str:
-    """Return what an error of FFmpeg, or of the system, says."""
-    return getattr(error, "strerror", None) or str(error)

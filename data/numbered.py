@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from .errors import MediaError
-from .media import EPSILON_S, Frame, cause
+from .errors import MediaError, cause
+from .media import EPSILON_S, Frame
 from .places import is_local, names, read_bytes, storage_errors
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from errno import ENOTDIR, ENOTSUP, EOPNOTSUPP, EPERM
 from pathlib import Path
 from typing import Any
 
-from .errors import CacheError
+from .errors import CacheError, cause
 from .places import is_local, read_bytes, storage_errors
 
 # Bytes, or anything that holds bytes, such as an Arrow buffer.
@@ -41,9 +41,8 @@ def _blaming(path: Path) -> Iterator[None]:
     except CacheError:
         raise
     except storage_errors() as error:
-        why = getattr(error, "strerror", None) or error
         raise CacheError(
-            f"{path}: cannot be written: {why}. Free space there, or choose a folder that can be written."
+            f"{path}: cannot be written: {cause(error)}. Free space there, or choose a folder that can be written."
         ) from error
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from .annotations import Clip
 from .config import DataConfig
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 from .media import Reading
 from .places import place
 from .views import draw_view
@@ -125,8 +125,7 @@ def _clip(video: str, sources: dict[str, str | None], **rest: Any) -> Clip:
 
 
 def _missing(name: str, error: Exception) -> str:
-    cause = " ".join(str(error).split())
-    return f"The library {name} cannot be loaded ({cause}). Install it anew into {sys.prefix}."
+    return f"The library {name} cannot be loaded ({one_line(error)}). Install it anew into {sys.prefix}."
 
 
 if __name__ == "__main__":

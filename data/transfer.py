@@ -69,6 +69,10 @@ class StoredRows:
             tokens, state = self._shard(shard)
             yield int(state[at]), tokens[at], self.reasons.get(row, "")
 
+    def held(self) -> np.ndarray:
+        """Return for every row [N] of the cache the digest under which the shards hold it, '' where they do not."""
+        return self.cache.held_by(self.receipts.values())
+
     def states(self) -> np.ndarray:
         """Return the state [N] of every row of the cache; UNWRITTEN where there is no receipt."""
         out = np.full(self.cache.n_clips, UNWRITTEN, np.uint8)
@@ -111,11 +115,11 @@ def merge(cache: Cache, other: Cache, advance: Callable[[int], object] = lambda 
 
 
 def _merge_view(cache: Cache, store: TokenStore, other: Cache, place: tuple[str, str, int]) -> int:
-    rows, theirs = StoredRows(other, *place), other.held(*place)
+    rows = StoredRows(other, *place)
     row_there = {clip_id: row for row, clip_id in enumerate(other.clip_ids)}
     source = np.array([row_there.get(clip_id, -1) for clip_id in cache.clip_ids])
     known = source >= 0
-    offered = np.where(known, theirs[source], "")
+    offered = np.where(known, rows.held()[source], "")
     # A failure is no better than the one that is here already.
     useless = known & (rows.states()[source] == FAILED) & (cache.held(*place) == offered)
     asked = np.where((offered == cache.row_digests()) & ~useless, offered, "")

@@ -74,7 +74,7 @@ def adopt_tokens(
     n_rows = 0
     for view, rows in enumerate(stored):
         place = (modality, store.path.stem, view)
-        n_rows += fill_rows(cache, store.grown(1, view + 1), place, cache.held(modality, name, view), rows.read, about)
+        n_rows += fill_rows(cache, store.grown(1, view + 1), place, rows.held(), rows.read, about)
     return Adoption(store.path.stem, changes, n_sampled, cosine, error, n_rows)
 
 
@@ -114,8 +114,8 @@ def _compare(
 def _chosen(cache: Cache, table: ClipTable, stored: StoredRows, n: int) -> np.ndarray:
     """Return n rows of the table, or fewer, spread over those that a view has as the table has them."""
     rows = cache.rows(table.clip_ids)
-    held = cache.held(stored.store.path.parent.name, stored.store.path.stem, stored.view)
-    usable = np.flatnonzero((stored.states()[rows] == PRESENT) & (held[rows] == cache.row_digests()[rows]))
+    is_current = stored.held() == cache.row_digests()
+    usable = np.flatnonzero((stored.states() == PRESENT)[rows] & is_current[rows])
     return usable[np.unique(np.linspace(0, len(usable) - 1, n).round().astype(int))] if len(usable) else usable
 
 

@@ -19,8 +19,8 @@ import distributed
 from distributed.comm import CommClosedError
 
 from ..data.config import DataConfig
-from ..data.errors import ClusterError
-from ..data.places import is_address, is_local
+from ..data.errors import ClusterError, one_line
+from ..data.places import is_local
 from ..data.plan import Order
 from ..data.settings import rooted_backbone
 from .config import BackboneConfig, ExtractConfig
@@ -89,9 +89,9 @@ class Cluster:
                 held += left
                 future.release()
         except (CommClosedError, TimeoutError, distributed.CancelledError, distributed.KilledWorker) as error:
-            why = " ".join(str(error).split()).rstrip(".")
             raise ClusterError(
-                f"The cluster was lost: {why}. What was finished is kept; give the command again, on any cluster."
+                f"The cluster was lost: {one_line(error).rstrip('.')}. "
+                "What was finished is kept; give the command again, on any cluster."
             ) from None
         finally:
             if self.client.status == "running":
@@ -153,7 +153,7 @@ def _rooted(model: Any) -> Any:
     """Return settings whose local paths are absolute."""
     changed = {}
     for name, value in model:
-        if isinstance(value, Path) and not is_address(value):
+        if isinstance(value, Path):
             changed[name] = value.absolute()
         if isinstance(value, BackboneConfig):
             changed[name] = BackboneConfig(**rooted_backbone(value.model_dump(), Path.cwd()))

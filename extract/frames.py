@@ -8,7 +8,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from ..data.errors import ConfigError, nearest
+from ..data.errors import ConfigError, nearest, one_line
 from .backbone import Backbone
 from .spectrogram import spectrogram_images
 from .video_swin import FLOW_MEAN, FLOW_STD
@@ -73,7 +73,7 @@ def build_frames(model: str, modality: str, input_shape: tuple[int, ...]) -> Fra
     try:
         network = timm.create_model(model, pretrained=False, num_classes=0, **_size_option(model, sized))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"timm:{model}: not for pictures of {sized} pixels: {error}. Change size.") from None
+        raise _not_for(model, sized, error) from None
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
     patch = patch if isinstance(patch, int) else patch[0]
     if sized % patch:
@@ -82,8 +82,11 @@ def build_frames(model: str, modality: str, input_shape: tuple[int, ...]) -> Fra
     try:
         return FrameTransformer(network, modality, input_shape, sized)
     except (AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"timm:{model}: not for pictures of {sized} pixels: {reason}. Change size.") from None
+        raise _not_for(model, sized, error) from None
+
+
+def _not_for(model: str, side: int, error: Exception) -> ConfigError:
+    return ConfigError(f"timm:{model}: not for pictures of {side} pixels: {one_line(error)}. Change size.")
 
 
 def pretrained_frames(model: str) -> Mapping[str, Tensor]:
@@ -91,9 +94,9 @@ def pretrained_frames(model: str) -> Mapping[str, Tensor]:
     try:
         return timm.create_model(model, pretrained=True, num_classes=0).state_dict()
     except (OSError, RuntimeError, ValueError) as error:  # no network; a model without weights
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"timm:{model}: its weights cannot be fetched: {reason}. Fetch them elsewhere and set weights to the file."
+            f"timm:{model}: its weights cannot be fetched: {one_line(error)}. "
+            "Fetch them elsewhere and set weights to the file."
         ) from None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.errors import ConfigError, InstallationError
+from ..data.errors import ConfigError, InstallationError, one_line
 from .backbone import Backbone
 from .video_swin import FLOW_MEAN, FLOW_STD, VIDEO_MEAN, VIDEO_STD
 
@@ -34,7 +34,7 @@ class PretrainedPictures(Backbone):
             with torch.no_grad():
                 found = network(pixel_values=frames, **options).last_hidden_state
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"hf model {kind}: not for clips of {list(input_shape)}: {_one_line(error)}") from None
+            raise ConfigError(f"hf model {kind}: not for clips of {list(input_shape)}: {one_line(error)}") from None
         if found.ndim != 3:
             raise ConfigError(f"hf model {kind} gives {list(found.shape)}, no tokens [B, n, D]. Choose a transformer.")
         super().__init__(input_shape, found.shape[1] * (1 if takes_video else input_shape[0]), found.shape[2])
@@ -107,7 +107,7 @@ def build_pretrained(model: str, modality: str, input_shape: tuple[int, ...], wi
     except ConfigError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"hf:{model} cannot be loaded: {_one_line(error)}") from None
+        raise ConfigError(f"hf:{model} cannot be loaded: {one_line(error)}") from None
     if any(True for _ in getattr(network, "pooler", nn.Identity()).parameters()):  # behind the tokens; most lack it
         network.pooler = None
     network.eval()
@@ -138,10 +138,6 @@ def _with_own_weights(model: str, config: Any, where: dict[str, Any]) -> nn.Modu
         if not missing:
             return network.get_submodule(part.rstrip("."))
     raise ConfigError(f"hf:{model}: {len(missing)} tensors are missing, such as {min(missing)}. Fetch it again.")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _normalisation(model: str, where: dict[str, Any]) -> dict[str, Any]:
