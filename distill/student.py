@@ -62,8 +62,9 @@ def build_student(
     for modality in modalities:
         chosen = getattr(config, modality)
         weights = chosen.weights if pretrained else "none"
+        seed = config.seed + modalities.index(modality)
         backbones[modality] = build_backbone(
-            chosen.name, modality, data.input_shape(modality), weights, config.seed + modalities.index(modality)
+            chosen.name, modality, data.input_shape(modality), weights, seed, chosen.clip_token
         )
     fusion = build_fusion(
         {m: backbone.width for m, backbone in backbones.items()},

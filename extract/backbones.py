@@ -94,14 +94,20 @@ BACKBONES: dict[str, Recipe] = {
 
 
 def build_backbone(
-    name: str, modality: str, input_shape: tuple[int, ...], weights: str = "none", seed: int = 0
+    name: str,
+    modality: str,
+    input_shape: tuple[int, ...],
+    weights: str = "none",
+    seed: int = 0,
+    clip_token: bool | None = None,
 ) -> Backbone:
     """Build a backbone for clips of one shape.
 
     name: one of BACKBONES, timm:<model>, hf:<model>, or that of an entry point of the group `karmma.backbones`.
     input_shape: as in `DataConfig.input_shape`.  weights: "none" (random under `seed`; the global random state stays
     as it was), "kinetics400" (torchvision's), "pretrained" (timm's or the hub's own), or a local file .safetensors,
-    .pth or .pt, with the names that the backbone's `fitted` knows.
+    .pth or .pt, with the names that the backbone's `fitted` knows.  clip_token: whether one of the tokens stands for
+    the whole clip; None leaves it to the backbone.
     Raises ConfigError if name, modality, shape and weights do not exist or do not go together.
     """
     recipe = _recipe(name, modality, tuple(input_shape))
@@ -112,6 +118,8 @@ def build_backbone(
         backbone = build(modality, tuple(input_shape))
     if state is not None:
         _fill(backbone, state, f"weights {weights!r} for {name}")
+    if clip_token is not None:
+        backbone.choose_clip_token(clip_token)
     return backbone
 
 

@@ -26,6 +26,11 @@ class BackboneConfig(StageConfig):
     weights: str = ours(
         ..., "'kinetics400', a local file, or 'none' (random, from `seed`)", "random weights must be asked for"
     )
+    clip_token: bool | None = ours(
+        None,
+        "a token for the whole clip beside the others; left out: ast and stlt have one, swin3d has none",
+        "the paper has 785 tokens of Swin, which gives 784; either gives its GFLOPs",
+    )
 
 
 def backbone(name: str, weights: str) -> BackboneConfig:

@@ -29,7 +29,8 @@ LEAST_COSINE = 0.99
 def build_frozen(modality: str, data: DataConfig, config: ExtractConfig) -> Backbone:
     """Return a modality's backbone in evaluation mode, without gradients, in float32 on the CPU."""
     chosen = getattr(config, modality)
-    backbone = build_backbone(chosen.name, modality, data.input_shape(modality), chosen.weights, config.seed)
+    shape = data.input_shape(modality)
+    backbone = build_backbone(chosen.name, modality, shape, chosen.weights, config.seed, chosen.clip_token)
     return backbone.eval().requires_grad_(False)
 
 

@@ -49,6 +49,8 @@ class SpectrogramTransformer(Backbone):
     Source: AST, Interspeech 2021; DeiT, ICML 2021.
     """
 
+    clip_token = True
+
     def __init__(
         self,
         input_shape: tuple[int, ...],
@@ -83,4 +85,4 @@ class SpectrogramTransformer(Backbone):
     def tokens(self, x: Tensor) -> Tensor:
         """Turn log-mel [B, T, mels, steps] into tokens [B, 1 + patches, D]."""
         x = self.vit.forward_features(standardise(x).to(self.vit.cls_token.dtype))
-        return torch.cat([x[:, :2].mean(1, keepdim=True), x[:, 2:]], dim=1)
+        return torch.cat([x[:, :2].mean(1, keepdim=True), x[:, 2:]], dim=1) if self.clip_token else x[:, 2:]

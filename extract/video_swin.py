@@ -167,8 +167,11 @@ def plan_windows(features: nn.Sequential, grid: Size) -> Size:
 class VideoSwin(Backbone):
     """Video Swin without its classification head, with the final norm; also for flow and, as images, for sound.
 
-    The names in its state dict are torchvision's.
+    The names in its state dict are torchvision's. A token for the whole clip, if chosen, comes first: the mean of the
+    others, which its classification head would see.
     """
+
+    clip_token = False
 
     def __init__(self, network: SwinTransformer3d, modality: str, input_shape: tuple[int, ...]) -> None:
         is_sound, patch = modality == "audio", network.patch_embed.tuple_patch_size
@@ -202,4 +205,5 @@ class VideoSwin(Backbone):
 
     def tokens(self, x: Tensor) -> Tensor:
         """Turn a raw batch into tokens [B, K, D], row after row of frame after frame."""
-        return self.norm(self.features(self.patch_embed(self.pixels(x)))).flatten(1, 3)
+        x = self.norm(self.features(self.patch_embed(self.pixels(x)))).flatten(1, 3)
+        return torch.cat([x.mean(1, keepdim=True), x], dim=1) if self.clip_token else x

@@ -39,6 +39,8 @@ def backbone_request(modality: str, data: DataConfig, config: ExtractConfig) -> 
     folder = hub_folder(chosen.name)
     if folder is not None:
         request["files"] = _files_digest(folder)
+    if chosen.clip_token is not None:
+        request["clip_token"] = chosen.clip_token
     if chosen.weights == "none":
         return {**request, "weights": f"none, seed {config.seed}"}
     if chosen.weights in NAMED_WEIGHTS:
@@ -105,10 +107,13 @@ def record_backbone(cache: Cache, request: dict[str, Any], name: str, backbone: 
 def backbone_identity(name: str, backbone: "Backbone") -> dict[str, Any]:
     """Return a backbone's part of an identity: its name, never a path, and the digest of its weights.
 
-    A class from another package has its version there too: what it computes may change where its tensors do not.
+    A class from another package has its version there too: what it computes may change where its tensors do not. So is
+    a choice of the clip's token that is not the backbone's own.
     """
     code = [f"{point.dist.name} {point.dist.version}" for point in plugged_in() if point.name == name and point.dist]
     about = {"name": _shown(name), "weights": tensors_digest(backbone.state_dict())}
+    if backbone.clip_token != type(backbone).clip_token:
+        about["clip_token"] = backbone.clip_token
     return {**about, "code": code[0]} if code else about
 
 
