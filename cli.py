@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .cli_cache import cache_app
 from .cli_options import INTERRUPTED, SOME_FAILED, Settings, out, sample_data, tell, tell_some, with_options
+from .cli_report import report
 from .data.annotations import SPLITS
 from .data.clips import read_rows
 from .data.errors import KarmmaError, is_memory_short, memory_short
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command("report")(report)
 
 
 @app.command("extract")

@@ -14,9 +14,10 @@ from ..data.modality import letters, subsets
 from ..data.progress import watched
 from ..data.runs import RunFolder
 from ..fuse.metrics import accuracy, majority, wilson_bounds
+from .model import ClipModel
 from .results import Evaluation, SubsetRow
 from .stream import ClipStream
-from .student import Student, load_student
+from .student import load_student
 
 BATCH = 16
 
@@ -36,7 +37,7 @@ class Predictions:
 
 @torch.inference_mode()
 def subset_logits(
-    student: Student,
+    student: ClipModel,
     stream: ClipStream,
     rows: np.ndarray,
     chosen: Sequence[tuple[str, ...]],

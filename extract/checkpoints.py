@@ -33,7 +33,11 @@ STLT_TABLES = {
     "frame_kind": "frames_embeddings.frame_type_embedding.weight",
 }
 # In the modules of the authors, but no part of what they compute: a layer that the others are copied from, an index.
-STLT_UNUSED = ("frames_embeddings.layout_embedding.encoder_layer.", "frames_embeddings.position_ids", "prediction_head.")
+STLT_UNUSED = (
+    "frames_embeddings.layout_embedding.encoder_layer.",
+    "frames_embeddings.position_ids",
+    "prediction_head.",
+)
 
 
 def torchvision_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

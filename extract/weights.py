@@ -31,7 +31,7 @@ def plugged_in() -> EntryPoints:
 def backbone_request(modality: str, data: DataConfig, config: ExtractConfig) -> dict[str, Any]:
     """Return all that decides a backbone's tensors: name, input shape, and the weights by content."""
     chosen: BackboneConfig = getattr(config, modality)
-    request = {"name": _shown(chosen.name), "modality": modality, "input_shape": list(data.input_shape(modality))}
+    request = {"name": shown_name(chosen.name), "modality": modality, "input_shape": list(data.input_shape(modality))}
     try:
         request["libraries"] = {name: version(name) for name in _libraries(chosen.name)}
     except PackageNotFoundError as error:
@@ -66,7 +66,7 @@ def hub_folder(name: str) -> Path | None:
     return Path(model)
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """Return a backbone's name, for a folder the kind of model that it holds: no path belongs to an identity."""
     folder = hub_folder(name)
     return name if folder is None else f"hf:{read_json(folder / 'config.json').get('model_type')}"
@@ -111,7 +111,7 @@ def backbone_identity(name: str, backbone: "Backbone") -> dict[str, Any]:
     a choice of the clip's token that is not the backbone's own.
     """
     code = [f"{point.dist.name} {point.dist.version}" for point in plugged_in() if point.name == name and point.dist]
-    about = {"name": _shown(name), "weights": tensors_digest(backbone.state_dict())}
+    about = {"name": shown_name(name), "weights": tensors_digest(backbone.state_dict())}
     if backbone.clip_token != type(backbone).clip_token:
         about["clip_token"] = backbone.clip_token
     return {**about, "code": code[0]} if code else about

@@ -90,8 +90,14 @@ def describe_run(
         "data": data.model_dump(mode="json", exclude=PLACES),
         "inputs": {modality: cache.identities(modality)[name]["input"] for modality, name in selection.names.items()},
         "tokens": selection.names,
+        "made_by": {modality: _made_by(cache.identities(modality)[name]) for modality, name in selection.names.items()},
         "views": n_views,
         "contents": {m: cache.contents_digest(m, name, n_views) for m, name in selection.names.items()},
         "clips": table.content_digest(),
         "classes": {head: list(table.classes(head)) for head in data.heads},
     }
+
+
+def _made_by(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return what made a store's tokens: backbone and Theta."""
+    return {**identity["backbone"], "theta": identity["theta"]}

@@ -71,6 +71,17 @@ def test_command_with_nothing_to_do_imports_neither_torch_nor_timm(home, command
     assert not {"torch", "timm", "torchvision"} & loaded
 
 
+def test_report_of_finished_runs_puts_teacher_beside_student(home):
+    (teacher,), (student,) = home.glob("runs/teacher-*"), home.glob("runs/student-*")
+    done = karmma(home, "report", "--efficiency", "--repeats", "0", "--into", "costs", str(teacher), str(student))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((home / "costs" / "efficiency.json").read_text())
+    assert [model["name"] for model in found] == [teacher.name, student.name]
+    assert [model["trained"] for model in found] == [
+        json.loads((run / "result.json").read_text())["parameters"] for run in (teacher, student)
+    ]
+
+
 def test_options_override_the_settings_and_are_saved_with_the_run(home):
     (student,) = home.glob("runs/student-*")
     config = json.loads((student / "config.json").read_text())

@@ -1,0 +1,109 @@
+"""`karmma report`: what models are and cost, as tables and plots."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from .cli_options import Settings, out, tell, with_options
+from .data.errors import ConfigError
+from .data.progress import watched
+from .data.runs import RunFolder
+
+if TYPE_CHECKING:
+    from .distill.efficiency import Blueprint, Efficiency
+
+THETAS = ["none", "500", "300", "100"]
+
+
+@with_options("data", needs_clips=False)
+def report(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN", help="run folders (default: what the settings describe)")
+    ] = None,
+    *,
+    settings: Settings,
+    efficiency: Annotated[bool, typer.Option("--efficiency", help="parameters, GFLOPs, latency and memory")] = False,
+    classes: Annotated[
+        list[str] | None, typer.Option(help="head=classes (default: the table's, or EPIC-KITCHENS-100's 97 and 300)")
+    ] = None,
+    theta: Annotated[list[str], typer.Option(help="Theta-Average values to compare; none keeps all tokens")] = THETAS,
+    repeats: Annotated[int, typer.Option(min=0, help="timed passes of each subset; 0 only counts")] = 3,
+    device: Annotated[str, typer.Option(help="torch device to measure on")] = "auto",
+    into: Annotated[Path | None, typer.Option(help="folder for the files (default: the runs folder)")] = None,
+) -> None:
+    """Report what models cost for every subset of their modalities, teacher beside student."""
+    if not efficiency:
+        raise typer.BadParameter("Say what to report on: --efficiency.")
+    from .data.device import choose_device
+    from .distill.efficiency import count, measure, run_blueprint
+    from .distill.report import write_efficiency
+
+    thetas = [_theta(text) for text in theta]
+    blueprints = [run_blueprint(RunFolder.open(run), settings.extract) for run in folders or []]
+    blueprints = blueprints or _configured(settings, classes)
+    found = [count(blueprint, thetas) for blueprint in blueprints]
+    if repeats:
+        with watched("measure", sum(len(model.rows) for model in found), "subsets") as progress:
+            on = choose_device(device)
+            pairs = zip(blueprints, found, strict=True)
+            found = [measure(blueprint, model, on, repeats, progress.advance) for blueprint, model in pairs]
+    for blueprint, model in zip(blueprints, found, strict=True):
+        _print(blueprint, model)
+    tell("Wrote " + ", ".join(str(path) for path in write_efficiency(found, into or settings.data.runs)))
+
+
+def _configured(settings: Settings, classes: list[str] | None) -> list["Blueprint"]:
+    """Return the teacher and the student of the settings, with as many classes as they will have."""
+    from .distill.efficiency import EPIC, student_blueprint, teacher_blueprint
+
+    if classes:
+        n_classes = dict(_head(text) for text in classes)
+    elif settings.data.table is not None:
+        table = settings.table()
+        n_classes = {head: len(table.classes(head)) for head in settings.data.heads}
+    else:
+        n_classes = EPIC
+        tell("No clip table: with the classes of EPIC-KITCHENS-100, 97 verbs and 300 nouns. Set others with --classes.")
+    data = settings.data
+    return [
+        teacher_blueprint(data, settings.extract, settings.teacher, n_classes),
+        student_blueprint(data, settings.student, n_classes),
+    ]
+
+
+def _theta(text: str) -> int | None:
+    if text != "none" and not (text.isdecimal() and int(text) > 0):
+        raise ConfigError(f"--theta {text}: expected a number of tokens, or none.")
+    return None if text == "none" else int(text)
+
+
+def _head(text: str) -> tuple[str, int]:
+    head, _, n_classes = text.partition("=")
+    if not head or not n_classes.isdecimal() or int(n_classes) < 1:
+        raise ConfigError(f"--classes {text}: expected head=classes, such as verb=97.")
+    return head, int(n_classes)
+
+
+def _print(blueprint: "Blueprint", model: "Efficiency") -> None:
+    frozen = f", {model.frozen / 1e6:.2f} M frozen" if model.frozen else ""
+    heads = ", ".join(f"{head} {n}" for head, n in blueprint.n_classes.items())
+    title = f"{model.name}: {model.trained / 1e6:.2f} M trained{frozen}; Theta {model.theta or 'none'}; {heads}"
+    measured = [f"latency (s, {model.device})", "memory (MiB)"] if model.device else []
+    stand_ins = f"GFLOPs, missing: {blueprint.config.missing}"
+    table = Table(
+        "subset", "alone (M)", "GFLOPs, missing: left out", stand_ins, *measured, title=title, title_justify="left"
+    )
+    for row in model.rows:
+        figures = [f"{row.alone / 1e6:.2f}", f"{row.gflops:.6f}", f"{row.gflops_as_run:.6f}"]
+        if model.device:
+            memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
+            figures += [f"{row.seconds:.3f}", memory]
+        table.add_row(row.subset, *figures)
+    out.print(table)
+    if model.by_theta:
+        shown = Table("subset", *(f"GFLOPs at Theta {theta}" for theta in model.by_theta))
+        for row in model.rows:
+            shown.add_row(row.subset, *(f"{gflops[row.subset]:.6f}" for gflops in model.by_theta.values()))
+        out.print(shown)

@@ -1,0 +1,76 @@
+"""Raw clips to logits: a backbone a modality, Theta-Average and what fuses the tokens, as one module."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..data.config import DataConfig
+from ..data.theta import theta_average
+from ..extract.backbones import Backbone, build_backbone
+from ..extract.config import BackboneConfig
+from ..fuse.config import TrainingConfig
+from ..fuse.model import FusionModel, FusionOutput, build_fusion
+
+
+class ClipModel(nn.Module):
+    """Raw clips in, logits by head out, for whatever modalities are present: the student, or a live teacher."""
+
+    def __init__(self, backbones: Mapping[str, Backbone], fusion: FusionModel, theta: int | None) -> None:
+        super().__init__()
+        self.backbones, self.fusion, self.theta = nn.ModuleDict(dict(backbones)), fusion, theta
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The order of the columns of `present`."""
+        return self.fusion.modalities
+
+    def tokens(self, inputs: Mapping[str, Tensor], present: Tensor) -> dict[str, Tensor]:
+        """Run each backbone on the clips that have its modality, and only on those.
+
+        inputs: modality -> [n, ...] raw arrays of the n clips for which `present` is True, in their order.
+        present: [B, M] bool.  Returns modality -> [B, k, D], the rows of missing clips holding zeros that the
+        fusion block never looks at; a modality that no clip has is left out.
+        """
+        out = {}
+        for column, modality in enumerate(self.modalities):
+            has = present[:, column]
+            if modality not in inputs or not len(inputs[modality]):
+                continue
+            found = self.backbones[modality](inputs[modality])
+            if self.theta:
+                found = theta_average(found, self.theta)
+            # A scatter, not a gather: gradients reach the backbone from the rows it computed and no others.
+            out[modality] = found.new_zeros(len(present), *found.shape[1:]).index_put((has.nonzero()[:, 0],), found)
+        return out
+
+    def forward(self, inputs: Mapping[str, Tensor], present: Tensor) -> FusionOutput:
+        """Return logits by head [B, N_h] and averaged tokens by modality [B, E]; see `tokens` for the arguments."""
+        return self.fusion(self.tokens(inputs, present), present)
+
+
+def build_model(
+    data: DataConfig,
+    backbones: Mapping[str, BackboneConfig],
+    theta: int | None,
+    n_classes: Mapping[str, int],
+    config: TrainingConfig,
+    *,
+    pretrained: bool = True,
+) -> ClipModel:
+    """Build a model for the modalities that `backbones` names, in their order.
+
+    config: a teacher's or a student's, for the fusion block.  pretrained=False leaves out weights: a checkpoint will
+    replace them, or they do not matter.
+    """
+    built = {}
+    for at, (modality, chosen) in enumerate(backbones.items()):
+        weights = chosen.weights if pretrained else "none"
+        shape = data.input_shape(modality)
+        built[modality] = build_backbone(chosen.name, modality, shape, weights, config.seed + at, chosen.clip_token)
+    fusion = build_fusion(
+        {m: backbone.width for m, backbone in built.items()},
+        {m: min(backbone.n_tokens, theta or backbone.n_tokens) for m, backbone in built.items()},
+        n_classes,
+        config,
+    )
+    return ClipModel(built, fusion, theta)

@@ -1,0 +1,65 @@
+"""`karmma report --efficiency`: the published figures from an empty folder, and whatever else it is asked for."""
+
+import pytest
+from karmma import cli, cli_report
+from karmma.cli_options import Console
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch, capsys):
+    """Run the command in an empty folder; return exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_report, "out", Console(width=200))
+
+    def run(*args):
+        monkeypatch.setattr("sys.argv", ["karmma", "report", *args])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return run
+
+
+def test_empty_folder_reproduces_the_published_figures(report, tmp_path):
+    code, out, err = report("--efficiency", "--repeats", "0")
+    assert code == 0
+    for figure in ("11.25 M trained", "65.15 M trained", " 29.64 ", "567.961391", "358.166716", "178.340794", "1165.14"):
+        assert figure in out, figure
+    assert "with the classes of EPIC-KITCHENS-100" in err
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {f"efficiency.{k}" for k in ("json", "csv", "svg")}
+
+
+def test_classes_thetas_and_folder_are_those_asked_for(report, tmp_path):
+    asked = ("--classes", "action=174", "--theta", "none", "--modality", "video", "--into", "here")
+    code, out, _ = report("--efficiency", "--repeats", "0", "--preset", "tiny", *asked)
+    assert code == 0
+    assert "action 174" in out
+    assert "GFLOPs at Theta none" in out
+    assert "GFLOPs at Theta 300" not in out
+    assert (tmp_path / "here" / "efficiency.svg").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_classes_of_a_table_are_counted(report, tmp_path):
+    rows = [f"c{k},c{k}.mp4,train,{verb},{k}" for k, verb in enumerate(("push", "pull", "lift"))]
+    (tmp_path / "t.csv").write_text("\n".join(["clip_id,video,split,verb,noun", *rows]) + "\n")
+    code, out, err = report("--efficiency", "--repeats", "0", "--preset", "tiny", "--table", "t.csv")
+    assert code == 0
+    assert "verb 3, noun 3" in out
+    assert "EPIC" not in err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        ((), 2, "Say what to report on: --efficiency."),
+        (("--efficiency", "--theta", "many"), 1, "--theta many: expected a number of tokens, or none."),
+        (("--efficiency", "--classes", "verb"), 1, "--classes verb: expected head=classes, such as verb=97."),
+        (("--efficiency", "nowhere"), 1, "nowhere: no run here"),
+    ],
+)
+def test_what_cannot_be_reported_is_said(report, args, code, said):
+    found, _, err = report(*args)
+    assert found == code
+    assert said in err
