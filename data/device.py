@@ -1,7 +1,7 @@
 """Which device a model runs on, decided once and passed on explicitly."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -34,3 +34,8 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
         if not is_memory_short(error):
             raise
         raise memory_short(error, f" for {what}", advice) from None
+
+
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
+    """Return a context in which a forward pass computes in `precision`: autocast for bfloat16, nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..data.annotations import ClipTable
 from ..data.batches import plan_epoch
 from ..data.config import DataConfig
+from ..data.device import arithmetic
 from ..data.progress import watched
 from ..data.runs import RunFolder
 from ..fuse.losses import cross_entropy
@@ -40,6 +41,8 @@ class Distillation:
         self.labels = {head: torch.from_numpy(table.labels(head)) for head in data.heads}
         n_classes = {head: len(table.classes(head)) for head in data.heads}
         self.student = build_student(data, config, n_classes).to(self.device)
+        if config.compile:
+            self.student.compile()
         self.stream = ClipStream(
             table,
             data,
@@ -90,7 +93,8 @@ class Distillation:
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return Eq. 5: gamma CE + lambda KL, and its parts; without a teacher, CE alone."""
         inputs = {modality: values.to(self.device) for modality, values in batch.inputs.items()}
-        output = self.student(inputs, batch.present.to(self.device))
+        with arithmetic(self.config.precision, self.device):
+            output = self.student(inputs, batch.present.to(self.device))
         labels = {head: values[batch.rows].to(self.device) for head, values in self.labels.items()}
         ce = cross_entropy(output.logits, labels)
         cached = self.teacher.logits(batch.rows, batch.view)

@@ -1,6 +1,7 @@
 """Raw clips to logits: a backbone a modality, Theta-Average and what fuses the tokens, as one module."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +24,12 @@ class ClipModel(nn.Module):
     def modalities(self) -> tuple[str, ...]:
         """The order of the columns of `present`."""
         return self.fusion.modalities
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile every backbone, and the parts of the fusion model, in place."""
+        for backbone in self.backbones.values():
+            backbone.compile(*args, **options)
+        self.fusion.compile(*args, **options)
 
     def tokens(self, inputs: Mapping[str, Tensor], present: Tensor) -> dict[str, Tensor]:
         """Run each backbone on the clips that have its modality, and only on those.

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..data.cache import Cache
 from ..data.config import DataConfig
-from ..data.device import enough_memory
+from ..data.device import arithmetic, enough_memory
 from ..data.errors import KarmmaError
 from ..data.theta import theta_average
 from .backbones import Backbone, build_backbone
@@ -58,11 +57,13 @@ class FrozenBackbone:
         self.modality, self.config, self.device = modality, config, device
         self.agreement: dict[str, float] | None = None
         self._exact: Backbone | None = None
+        self._precision = config.precision
         self.backbone = backbone.to(device)
         if config.precision == "bfloat16":
             self._exact = self.backbone
             if device.type != "cuda":  # autocast would convert the weights anew in every batch
                 self.backbone = copy.deepcopy(self.backbone).bfloat16()
+                self._precision = "float32"  # of what autocast would change: nothing is left to it
 
     def tokens(self, arrays: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Return place -> tokens [k, D] float32 of the clips at some places of one batch.
@@ -81,7 +82,7 @@ class FrozenBackbone:
             for place, array in arrays.items():
                 batch[place] = torch.from_numpy(array)
             on_device = batch.to(self.device, non_blocking=is_cuda)
-            with self._autocast():
+            with arithmetic(self._precision, self.device):
                 found = self._averaged(self.backbone, on_device)
             if self._exact is not None:
                 self._compare(found, on_device, sorted(arrays)[:N_CHECKED])
@@ -91,10 +92,6 @@ class FrozenBackbone:
     def _averaged(self, backbone: Backbone, batch: Tensor) -> Tensor:
         tokens = backbone(batch).float()
         return theta_average(tokens, self.config.theta) if self.config.theta else tokens
-
-    def _autocast(self) -> AbstractContextManager:
-        reduced = self.config.precision == "bfloat16" and self.device.type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16) if reduced else nullcontext()
 
     def _compare(self, found: Tensor, batch: Tensor, places: list[int]) -> None:
         """Hold bfloat16 against float32 on a few clips, once; raise KarmmaError if they are not nearly the same."""

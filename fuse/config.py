@@ -16,6 +16,10 @@ class TrainingConfig(StageConfig):
     warmup_epochs: int = paper(10, "epochs of linear warm-up", "sec. 4", ge=0)
     norm_first: bool = ours(False, "LayerNorm before attention instead of after", "not stated; torch's default")
     allow_failures: int = ours(0, "clips that may be failed; they then lack that modality", "never in silence", ge=0)
+    precision: Literal["float32", "bfloat16"] = ours(
+        "float32", "arithmetic of the forward pass (autocast); losses and weights stay float32", "exact before fast"
+    )
+    compile: bool = ours(False, "torch.compile; the first steps take minutes", "worth it in long runs only")
     device: str = ours("auto", "torch device; auto takes CUDA where there is one", "convenience")
     threads: int = ours(0, "torch threads; 0 leaves torch's own choice", "torch knows the cores", ge=0)
     seed: int = ours(0, "seed of weights, sample order and dropout", "any number will do")
@@ -37,3 +41,4 @@ class TeacherConfig(TrainingConfig):
     alpha: float = paper(0.7, "weight of cross-entropy in Eq. 3", "sec. 4", ge=0)
     beta: float = paper(0.3, "weight of InfoNCE in Eq. 3", "sec. 4", ge=0)
     tau: float = paper(0.1, "temperature of InfoNCE in Eq. 2", "sec. 4", gt=0)
+    symmetric: bool = ours(False, "InfoNCE in both directions instead of from video alone", "Eq. 2 has the one")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.errors import ConfigError
+from .ranks import over_ranks
 
 ANCHOR = "video"
 UNLABELLED = -1
@@ -40,7 +41,8 @@ def info_nce(
     apart: video rows are anchors, their own clip is the positive, the others are the negatives; similarity is
     cosine / tau, the loss is averaged over these clips. With `symmetric`, the mean of both directions.
     The sum over modalities is divided by M - 1, whoever is there; fewer than two clips give 0, as do tokens without
-    video or of one modality.  Raises ConfigError if tau <= 0, ValueError if present does not fit.
+    video or of one modality. Where several ranks train, the batch is that of all of them; see `over_ranks`.
+    Raises ConfigError if tau <= 0, ValueError if present does not fit.
     Source: KARMMA eq. 2.
     """
     if not tau > 0:
@@ -52,8 +54,10 @@ def info_nce(
     if present.shape != (len(first), len(names)) or present.dtype != torch.bool:
         raise ValueError(f"InfoNCE: present is {tuple(present.shape)}, expected bool [{len(first)}, {len(names)}].")
     total = _precise(first[:0]).sum()  # 0 that belongs to the graph
-    if ANCHOR not in tokens:
+    if ANCHOR not in tokens or len(names) == 1:
         return total
+    # Every rank sends all its modalities, whoever is there: none waits for one that has nothing to send.
+    tokens, present = {name: over_ranks(values) for name, values in tokens.items()}, over_ranks(present)
     has_anchor = present[:, names.index(ANCHOR)]
     for column, name in enumerate(names):
         pairs = has_anchor & present[:, column]  # [B]
@@ -64,7 +68,8 @@ def info_nce(
 
 def _contrast(anchors: Tensor, others: Tensor, tau: float, symmetric: bool) -> Tensor:
     """Return the mean cross-entropy of finding each anchor's own clip; anchors, others: [n, E], row i the same clip."""
-    similarity = F.normalize(_precise(anchors), dim=1) @ F.normalize(_precise(others), dim=1).T / tau  # [n, n]
+    with torch.autocast(anchors.device.type, enabled=False):  # it would multiply in half precision
+        similarity = F.normalize(_precise(anchors), dim=1) @ F.normalize(_precise(others), dim=1).T / tau  # [n, n]
     own = torch.arange(len(anchors), device=anchors.device)
     loss = F.cross_entropy(similarity, own)
     return (loss + F.cross_entropy(similarity.T, own)) / 2 if symmetric else loss

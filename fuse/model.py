@@ -52,6 +52,14 @@ class FusionModel(nn.Module):
         self.modalities = self.embedding.modalities
         self.heads = self.mlp.heads
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile fusion block and heads in place, as `torch.nn.Module.compile` does; names of parameters stay.
+
+        The embedding stays as it is: it asks which modalities are there, and would be compiled anew for each answer.
+        """
+        self.block.compile(*args, **options)
+        self.mlp.compile(*args, **options)
+
     def forward(self, tokens: Mapping[str, Tensor], present: Tensor) -> FusionOutput:
         """Fuse a batch.
 

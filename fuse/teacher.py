@@ -11,6 +11,7 @@ from ..data.annotations import ClipTable
 from ..data.batches import TokenBatch, TokenReader, plan_epoch
 from ..data.cache import Cache, table_digests
 from ..data.config import DataConfig
+from ..data.device import arithmetic
 from ..data.identity import tensors_digest
 from ..data.runs import RunFolder
 from ..data.selection import Selection
@@ -43,6 +44,8 @@ class Teacher:
             {head: len(names) for head, names in self.classes.items()},
             config,
         ).to(self.device)
+        if config.compile:
+            self.model.compile()
 
     def train(self, run: RunFolder, described: dict[str, Any]) -> None:
         """Train, then write the logits of the best weights, then mark the run as finished."""
@@ -85,10 +88,11 @@ class Teacher:
         """Return Eq. 3: alpha CE + beta InfoNCE, and its parts."""
         tokens = {name: values.to(self.device, non_blocking=True).float() for name, values in batch.tokens.items()}
         present = batch.present.to(self.device)
-        output = self.model(tokens, present)
+        with arithmetic(self.config.precision, self.device):
+            output = self.model(tokens, present)
         labels = {head: values[batch.rows].to(self.device) for head, values in self.labels.items()}
         ce = cross_entropy(output.logits, labels)
-        aligned = info_nce(output.tokens, self.config.tau, present)
+        aligned = info_nce(output.tokens, self.config.tau, present, self.config.symmetric)
         return {"loss": self.config.alpha * ce + self.config.beta * aligned, "ce": ce, "info_nce": aligned}
 
     def validate(self) -> dict[str, float]:

@@ -24,8 +24,10 @@ def report(tmp_path, monkeypatch, capsys):
 def test_empty_folder_reproduces_the_published_figures(report, tmp_path):
     code, out, err = report("--efficiency", "--repeats", "0")
     assert code == 0
-    for figure in ("11.25 M trained", "65.15 M trained", " 29.64 ", "567.961391", "358.166716", "178.340794", "1165.14"):
-        assert figure in out, figure
+    for parameters in ("11.25 M trained", "65.15 M trained", " 29.64 "):
+        assert parameters in out, parameters
+    for gflops in ("567.961391", "358.166716", "178.340794", "1165.14"):
+        assert gflops in out, gflops
     assert "with the classes of EPIC-KITCHENS-100" in err
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {f"efficiency.{k}" for k in ("json", "csv", "svg")}
 

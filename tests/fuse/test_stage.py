@@ -1,5 +1,6 @@
 """The teacher's stage on made-up tokens: trained where there is no video and no backbone."""
 
+import shutil
 import subprocess
 import sys
 
@@ -154,8 +155,6 @@ def test_table_without_training_clips_is_refused(made, tmp_path):
 
 
 def test_lost_logits_are_written_again_without_training(made):
-    import shutil
-
     first = train_teacher(made.table, made.data, TINY)
     before = LogitStore.open(first.logits).read(np.arange(24), 0)
     weights = (first.run / "best.safetensors").stat().st_mtime_ns
@@ -195,3 +194,33 @@ def test_unlabelled_clips_get_logits_and_are_never_trained_on(made, tmp_path):
     rows = usable_rows(table, made.data.heads, np.ones((24, 2), bool))
     assert 3 not in rows["train"]
     assert len(rows["train"]) == 15
+
+
+def test_teacher_trains_in_bfloat16_to_much_the_same(made):
+    exact = train_teacher(made.table, made.data, TINY)
+    rough = train_teacher(made.table, made.data, TINY.model_copy(update={"precision": "bfloat16"}))
+    assert rough.run != exact.run
+    assert rough.result["val"]["action"] == 1.0
+    first = [RunFolder.open(report.run).metrics()[0]["loss"] for report in (exact, rough)]
+    assert first[0] != first[1]
+    assert first[1] == pytest.approx(first[0], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks itself, and hides it
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_teacher_trains_compiled_to_the_same_losses(made):
+    eager = train_teacher(made.table, made.data, TINY)
+    compiled = train_teacher(made.table, made.data, TINY.model_copy(update={"compile": True}))
+    assert compiled.run != eager.run
+    losses = [[record["loss"] for record in RunFolder.open(report.run).metrics()] for report in (eager, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_symmetric_info_nce_is_an_option_that_changes_the_loss(made):
+    one, both = (
+        train_teacher(made.table, made.data, TINY.model_copy(update={"symmetric": symmetric, "epochs": 1}))
+        for symmetric in (False, True)
+    )
+    first = [RunFolder.open(report.run).metrics()[0] for report in (one, both)]
+    assert first[0]["info_nce"] != first[1]["info_nce"]
