@@ -73,7 +73,7 @@ class LayoutTransformer(Backbone):
 
     def fitted(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the tensors of our own files, or of STLT's authors' checkpoints, under the names of this module."""
-        return stlt_names(state, len(self.position))
+        return stlt_names(super().fitted(state), len(self.position))
 
     def tokens(self, x: Tensor) -> Tensor:
         """Turn detections [B, T, n, 6] into tokens [B, T + 1, D]; without the clip's token, [B, T, D]."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchvision.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
 
+from .attention import BiasedAttention
 from .backbone import Backbone
 from .checkpoints import torchvision_names
 from .spectrogram import spectrogram_images
@@ -109,14 +110,10 @@ class FusedWindowAttention(ShiftedWindowAttention3d):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """softmax(q k' / sqrt(d) + bias) v for q, k, v [windows, heads, n, d] and one bias [heads, n, n]."""
-        dropout = self.attention_dropout if self.training else 0.0
-        if not (bias.requires_grad and q.device.type == "cpu"):
-            return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None], dropout)
-        # No fused kernel of the CPU has a gradient for the bias; what it falls back to guards against empty rows,
-        # which cost a third more time and cannot occur here.
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        weights = scores.add_(bias).softmax(-1)
-        return F.dropout(weights, dropout) @ v
+        dropout, bias = self.attention_dropout if self.training else 0.0, bias.to(q.dtype)
+        if bias.requires_grad and q.device.type == "cpu" and not dropout:
+            return BiasedAttention.apply(q, k, v, bias)
+        return F.scaled_dot_product_attention(q, k, v, bias[None], dropout)
 
 
 def swin_network(
