@@ -2,8 +2,8 @@
 
     python bench/swin.py [--model swin3d_t] [--repeats 5] [--frames 32] [--size 224] [--json]
 
-One clip, float32, the same weights on both sides, which take turns in one process; medians, and the median of the ratios
-of each turn. Largest differences of tokens and gradients are printed beside them, the largest gradient being 1.
+One clip, float32, the same weights on both sides, which take turns in one process; medians, and the median of the
+ratios of each turn. Largest differences of tokens and gradients are printed beside them, the largest gradient being 1.
 """
 
 import argparse

@@ -64,9 +64,9 @@ def _efficiency_bars(found: Sequence[Efficiency]) -> Markup:
         for at, model in enumerate(found):
             places = [names.index(row.subset) + (at - (len(found) - 1) / 2) * width for row in model.rows]
             axes.bar(places, [of(row) or 0 for row in model.rows], width, label=model.name)
-        axes.set_xticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 7 else 0)
         axes.set_ylabel(label)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(found))
     return _svg(figure)
 
 
