@@ -19,5 +19,5 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(VENV)/bin/pip install --quiet --no-compile --constraint constraints.txt --editable ".[test]"
 	touch $@

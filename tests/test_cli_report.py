@@ -21,6 +21,7 @@ def report(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_empty_folder_reproduces_the_published_figures(report, tmp_path):
     code, out, err = report("--efficiency", "--repeats", "0")
     assert code == 0

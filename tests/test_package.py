@@ -38,6 +38,7 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     assert found == wanted
 
 
+@pytest.mark.slow
 def test_installed_wheel_runs_away_from_the_repository(wheel, tmp_path):
     site = tmp_path / "site"
     install = ["install", "--no-deps", "--no-index", "--quiet", "--target", str(site), str(wheel)]

@@ -94,12 +94,14 @@ def test_options_override_the_settings_and_are_saved_with_the_run(home):
     assert {"loss", "ce", "kl", "lr", "clips_per_s", "waiting_share", "val"} <= set(lines[0])
 
 
+@pytest.mark.slow
 def test_one_modality_extracts_that_modality_only(home, tmp_path):
     done = karmma(home, "extract", "--modality", "flow", "--cache", str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir()] == ["flow"]
 
 
+@pytest.mark.slow
 def test_other_settings_make_a_store_beside_the_old_one_and_training_names_the_field(home, tmp_path):
     cache = str(tmp_path / "cache")
     assert karmma(home, "extract", "--modality", "audio", "--cache", cache).returncode == 0
@@ -122,7 +124,7 @@ def shard_bytes(cache: Path) -> dict[str, bytes]:
     return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("n_receipts", [1, 5])
+@pytest.mark.parametrize("n_receipts", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_extract_killed_at_any_shard_and_run_again_gives_the_bytes_of_one_clean_run(home, tmp_path, n_receipts):
     def options(name):
         return ("extract", "--cache", str(tmp_path / name), "--shard-rows", "4", "--batch-size", "2")
@@ -145,6 +147,7 @@ def test_extract_killed_at_any_shard_and_run_again_gives_the_bytes_of_one_clean_
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+@pytest.mark.slow
 def test_clip_that_cannot_be_read_is_named_and_blocks_until_it_is_allowed(home, tmp_path):
     sample = home / "karmma-sample"
     text = (sample / "clips.csv").read_text().replace("boxes/", f"{sample}/boxes/")

@@ -71,6 +71,7 @@ def differs(path, row):
     return ""
 
 
+@pytest.mark.slow
 def test_every_file_has_the_properties_that_were_measured(odd):
     folder, rows = odd
     wrong = {row["file"]: said for row in rows if (said := differs(folder / row["file"], row))}

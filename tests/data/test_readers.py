@@ -347,6 +347,7 @@ def test_ctrl_c_ends_a_run_and_its_busy_readers_at_once(treacherous, tmp_path, f
     assert err.endswith("KeyboardInterrupt\n")
 
 
+@pytest.mark.slow
 def test_memory_of_a_reader_stays_flat_over_a_thousand_clips(film):
     path = film("tiny.mp4", [0.0, 0.04, 0.08, 0.12], sound=SOUND[:3200])
     orders = [(clip(path, 0.0, 0.16, f"c{k}"), 1, NAMES) for k in range(4)]
