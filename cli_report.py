@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from .cli_options import Settings, out, tell, with_options
-from .data.errors import ConfigError
+from .data.errors import ConfigError, cause
 from .data.progress import watched
 from .data.runs import RunFolder
 
 if TYPE_CHECKING:
-    from .distill.efficiency import Blueprint, Efficiency
+    from .distill.blueprint import Blueprint
+    from .distill.efficiency import Efficiency
 
 THETAS = ["none", "500", "300", "100"]
 
@@ -37,9 +39,14 @@ def report(
     if not efficiency:
         raise typer.BadParameter("Say what to report on: --efficiency.")
     from .data.device import choose_device
-    from .distill.efficiency import count, measure, run_blueprint
+    from .distill.blueprint import run_blueprint
+    from .distill.efficiency import count
+    from .distill.measuring import measure
     from .distill.report import write_efficiency
 
+    if folders and classes:
+        raise typer.BadParameter("Runs have classes of their own: leave out --classes, or the runs.")
+    where = _folder(into or settings.data.runs)
     thetas = [_theta(text) for text in theta]
     blueprints = [run_blueprint(RunFolder.open(run), settings.extract) for run in folders or []]
     blueprints = blueprints or _configured(settings, classes)
@@ -49,17 +56,19 @@ def report(
             on = choose_device(device)
             pairs = zip(blueprints, found, strict=True)
             found = [measure(blueprint, model, on, repeats, progress.advance) for blueprint, model in pairs]
-    for blueprint, model in zip(blueprints, found, strict=True):
-        _print(blueprint, model)
-    tell("Wrote " + ", ".join(str(path) for path in write_efficiency(found, into or settings.data.runs)))
+    for model in found:
+        _print(model)
+    tell("Wrote " + ", ".join(str(path) for path in write_efficiency(found, where)))
 
 
 def _configured(settings: Settings, classes: list[str] | None) -> list["Blueprint"]:
     """Return the teacher and the student of the settings, with as many classes as they will have."""
-    from .distill.efficiency import EPIC, student_blueprint, teacher_blueprint
+    from .distill.blueprint import EPIC, student_blueprint, teacher_blueprint
 
     if classes:
         n_classes = dict(_head(text) for text in classes)
+        if len(n_classes) < len(classes):
+            raise ConfigError(f"--classes {' '.join(classes)}: a head is named twice. Name each once.")
     elif settings.data.table is not None:
         table = settings.table()
         n_classes = {head: len(table.classes(head)) for head in settings.data.heads}
@@ -73,28 +82,38 @@ def _configured(settings: Settings, classes: list[str] | None) -> list["Blueprin
     ]
 
 
+def _folder(path: Path) -> Path:
+    """Return a folder that is there now: nobody wants to hear after minutes that it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: {cause(error)}. Name a folder that can be written with --into.") from None
+    return path
+
+
 def _theta(text: str) -> int | None:
     if text != "none" and not (text.isdecimal() and int(text) > 0):
-        raise ConfigError(f"--theta {text}: expected a number of tokens, or none.")
+        raise ConfigError(f"--theta {text}: expected a number of tokens from 1 on, or none. Try --theta 300.")
     return None if text == "none" else int(text)
 
 
 def _head(text: str) -> tuple[str, int]:
     head, _, n_classes = text.partition("=")
-    if not head or not n_classes.isdecimal() or int(n_classes) < 1:
-        raise ConfigError(f"--classes {text}: expected head=classes, such as verb=97.")
+    if not head or not n_classes.isdecimal() or not 0 < int(n_classes) <= 10**6:
+        raise ConfigError(f"--classes {text}: expected head=classes, at most a million, such as verb=97.")
     return head, int(n_classes)
 
 
-def _print(blueprint: "Blueprint", model: "Efficiency") -> None:
+def _print(model: "Efficiency") -> None:
     frozen = f", {model.frozen / 1e6:.2f} M frozen" if model.frozen else ""
-    heads = ", ".join(f"{head} {n}" for head, n in blueprint.n_classes.items())
+    heads = ", ".join(f"{head} {n}" for head, n in model.n_classes.items())
     title = f"{model.name}: {model.trained / 1e6:.2f} M trained{frozen}; Theta {model.theta or 'none'}; {heads}"
+    if model.imported:
+        title += f"; without the backbones of imported {', '.join(model.imported)}"
     measured = [f"latency (s, {model.device})", "memory (MiB)"] if model.device else []
-    stand_ins = f"GFLOPs, missing: {blueprint.config.missing}"
-    table = Table(
-        "subset", "alone (M)", "GFLOPs, missing: left out", stand_ins, *measured, title=title, title_justify="left"
-    )
+    stand_ins = f"GFLOPs, missing: {model.missing}"
+    columns = ("subset", "alone (M)", "GFLOPs, missing: left out", stand_ins, *measured)
+    table = Table(*columns, title=Text(title), title_justify="left")
     for row in model.rows:
         figures = [f"{row.alone / 1e6:.2f}", f"{row.gflops:.6f}", f"{row.gflops_as_run:.6f}"]
         if model.device:

@@ -55,29 +55,28 @@ class ClipModel(nn.Module):
         return self.fusion(self.tokens(inputs, present), present)
 
 
-def build_model(
-    data: DataConfig,
-    backbones: Mapping[str, BackboneConfig],
-    theta: int | None,
-    n_classes: Mapping[str, int],
-    config: TrainingConfig,
-    *,
-    pretrained: bool = True,
-) -> ClipModel:
-    """Build a model for the modalities that `backbones` names, in their order.
+def build_backbones(
+    data: DataConfig, chosen: Mapping[str, BackboneConfig], seed: int, *, pretrained: bool = True
+) -> dict[str, Backbone]:
+    """Build the backbone that is chosen for each modality.
 
-    config: a teacher's or a student's, for the fusion block.  pretrained=False leaves out weights: a checkpoint will
-    replace them, or they do not matter.
+    pretrained=False leaves out weights: a checkpoint will replace them, or they do not matter.
     """
     built = {}
-    for at, (modality, chosen) in enumerate(backbones.items()):
-        weights = chosen.weights if pretrained else "none"
-        shape = data.input_shape(modality)
-        built[modality] = build_backbone(chosen.name, modality, shape, weights, config.seed + at, chosen.clip_token)
+    for at, (modality, one) in enumerate(chosen.items()):
+        weights, shape = one.weights if pretrained else "none", data.input_shape(modality)
+        built[modality] = build_backbone(one.name, modality, shape, weights, seed + at, one.clip_token)
+    return built
+
+
+def build_model(
+    backbones: Mapping[str, Backbone], theta: int | None, n_classes: Mapping[str, int], config: TrainingConfig
+) -> ClipModel:
+    """Put a fusion model behind some backbones; config: a teacher's or a student's."""
     fusion = build_fusion(
-        {m: backbone.width for m, backbone in built.items()},
-        {m: min(backbone.n_tokens, theta or backbone.n_tokens) for m, backbone in built.items()},
+        {m: backbone.width for m, backbone in backbones.items()},
+        {m: min(backbone.n_tokens, theta or backbone.n_tokens) for m, backbone in backbones.items()},
         n_classes,
         config,
     )
-    return ClipModel(built, fusion, theta)
+    return ClipModel(backbones, fusion, theta)

@@ -8,15 +8,16 @@ import torch
 from ..data.config import DataConfig
 from ..data.runs import RunFolder
 from .config import StudentConfig
-from .model import ClipModel, build_model
+from .model import ClipModel, build_backbones, build_model
 
 
 def build_student(
     data: DataConfig, config: StudentConfig, n_classes: Mapping[str, int], *, pretrained: bool = True
 ) -> ClipModel:
     """Build the student of a config; `pretrained=False` leaves out weights that a checkpoint will replace."""
-    backbones = {modality: getattr(config, modality) for modality in config.modalities or data.modalities}
-    return build_model(data, backbones, config.theta, n_classes, config, pretrained=pretrained)
+    chosen = {modality: getattr(config, modality) for modality in config.modalities or data.modalities}
+    backbones = build_backbones(data, chosen, config.seed, pretrained=pretrained)
+    return build_model(backbones, config.theta, n_classes, config)
 
 
 def load_student(run: RunFolder, device: torch.device) -> tuple[ClipModel, DataConfig, dict[str, Any]]:

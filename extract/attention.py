@@ -17,6 +17,7 @@ class BiasedAttention(Function):
 
     No fused kernel of the CPU has a gradient for the bias, and without one all scores [windows, heads, n, n] would be
     written, kept and read again.  Here the forward pass is fused, and the backward pass computes them a second time.
+    There is no second derivative, and no forward-mode one.
     """
 
     @staticmethod

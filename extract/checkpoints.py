@@ -72,9 +72,13 @@ def stlt_names(state: Mapping[str, Tensor], n_positions: int) -> Mapping[str, Te
     comes back as it is.  n_positions: frames and the clip; the first so many of the checkpoint's positions are taken.
     Raises ConfigError if its categories are neither Something-Something's nor Action Genome's.
     """
-    bare = {re.sub(r"^(module\.)?((stlt_)?backbone\.)?", "", name): tensor for name, tensor in state.items()}
-    if STLT_TABLES["position"] not in bare:
+    prefixes = [name.removesuffix(STLT_TABLES["position"]) for name in state if name.endswith(STLT_TABLES["position"])]
+    if not prefixes:
         return state
+    bare = {name.removeprefix(prefixes[0]): tensor for name, tensor in state.items() if name.startswith(prefixes[0])}
+    for name in STLT_TABLES.values():
+        if name not in bare:
+            raise ConfigError(f"STLT checkpoint: no {name}. Choose one that its authors' code wrote.")
     tables = {ours: bare.pop(theirs) for ours, theirs in STLT_TABLES.items()}
     category, frame_kind, has_scores = _stlt_tables(tables["category"], tables["frame_kind"])
     out = {"category.weight": category, "frame_kind": frame_kind, "position": tables["position"][:n_positions]}
@@ -93,6 +97,8 @@ def _stlt_tables(category: Tensor, frame_type: Tensor) -> tuple[Tensor, Tensor, 
     Something-Something has our categories, in our order, and leaves scores out.  Action Genome names 35 kinds of
     objects and persons: a hand is a person there, an object the mean of them all; the paper does not say.
     """
+    if len(frame_type) != 5:
+        raise ConfigError(f"STLT checkpoint: {len(frame_type)} types of frames, expected 5. Choose another.")
     if len(category) == 4:  # padding, hand, object, frame
         return category, frame_type[[2, 3, 4]], False
     if len(category) == 38:  # padding, frame, 35 objects, person

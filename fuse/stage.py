@@ -14,6 +14,7 @@ from ..data.config import PLACES, DataConfig, digest
 from ..data.errors import TableError
 from ..data.runs import RunFolder
 from ..data.selection import Selection, select_stores
+from ..data.stores import TokenStore
 from .config import TeacherConfig
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,10 @@ def describe_run(
         "data": data.model_dump(mode="json", exclude=PLACES),
         "inputs": {modality: cache.identities(modality)[name]["input"] for modality, name in selection.names.items()},
         "tokens": selection.names,
-        "made_by": {modality: _made_by(cache.identities(modality)[name]) for modality, name in selection.names.items()},
+        "made_by": {
+            modality: _made_by(cache.identities(modality)[name], selection.stores[modality])
+            for modality, name in selection.names.items()
+        },
         "views": n_views,
         "contents": {m: cache.contents_digest(m, name, n_views) for m, name in selection.names.items()},
         "clips": table.content_digest(),
@@ -98,6 +102,6 @@ def describe_run(
     }
 
 
-def _made_by(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return what made a store's tokens: backbone and Theta."""
-    return {**identity["backbone"], "theta": identity["theta"]}
+def _made_by(identity: dict[str, Any], store: TokenStore) -> dict[str, Any]:
+    """Return what made a store's tokens: backbone and Theta; and what they are, [k, D]."""
+    return {**identity["backbone"], "theta": identity["theta"], "shape": [store.k, store.width]}

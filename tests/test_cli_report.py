@@ -1,5 +1,7 @@
 """`karmma report --efficiency`: the published figures from an empty folder, and whatever else it is asked for."""
 
+from pathlib import Path
+
 import pytest
 from karmma import cli, cli_report
 from karmma.cli_options import Console
@@ -53,16 +55,28 @@ def test_classes_of_a_table_are_counted(report, tmp_path):
     assert "EPIC" not in err
 
 
+def test_names_of_heads_are_shown_as_they_are(report):
+    options = ("--repeats", "0", "--preset", "tiny", "--modality", "audio", "--theta", "48")
+    code, out, _ = report("--efficiency", *options, "--classes", "[/x]=5", "--classes", "[red]y=6")
+    assert code == 0
+    assert "[/x] 5, [red]y 6" in out
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
         ((), 2, "Say what to report on: --efficiency."),
-        (("--efficiency", "--theta", "many"), 1, "--theta many: expected a number of tokens, or none."),
-        (("--efficiency", "--classes", "verb"), 1, "--classes verb: expected head=classes, such as verb=97."),
+        (("--efficiency", "--theta", "many"), 1, "--theta many: expected a number of tokens from 1 on, or none."),
+        (("--efficiency", "--classes", "verb"), 1, "--classes verb: expected head=classes, at most a million"),
+        (("--efficiency", "--classes", "a=1", "--classes", "a=2"), 1, "--classes a=1 a=2: a head is named twice."),
+        (("--efficiency", "--classes", "a=1", "some-run"), 2, "Runs have classes of their own"),
+        (("--efficiency", "--into", "a-file/here"), 1, "a-file/here: Not a directory"),
+        (("--efficiency", "--device", "meta", "--repeats", "1", "--preset", "tiny"), 1, "nothing is computed there"),
         (("--efficiency", "nowhere"), 1, "nowhere: no run here"),
     ],
 )
 def test_what_cannot_be_reported_is_said(report, args, code, said):
+    Path("a-file").write_text("")
     found, _, err = report(*args)
     assert found == code
     assert said in err

@@ -1,16 +1,21 @@
 """What models cost: the published figures to the last digit, and the count against counts of other kinds."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from math import floor
 
 import pytest
 import torch
 from karmma.data.config import DataConfig
-from karmma.data.errors import ConfigError, RunError
+from karmma.data.errors import ConfigError, MemoryShortError, RunError
 from karmma.data.runs import RunFolder
+from karmma.distill import measuring
+from karmma.distill.blueprint import EPIC, run_blueprint, student_blueprint, teacher_blueprint
 from karmma.distill.config import StudentConfig
-from karmma.distill.efficiency import EPIC, count, measure, run_blueprint, student_blueprint, teacher_blueprint
+from karmma.distill.efficiency import count
+from karmma.distill.measuring import measure
 from karmma.distill.report import write_efficiency
 from karmma.extract.config import BackboneConfig, ExtractConfig
 from karmma.fuse.config import TeacherConfig
@@ -162,11 +167,10 @@ def test_finished_teacher_costs_what_made_its_tokens_too(tmp_path, data):
     ("made_by", "error", "said"),
     [
         ({"audio": {"name": "swin3d_b", "theta": 9}}, ConfigError, "are of swin3d_b, extract.audio names ast_micro"),
-        ({"audio": {"name": "imported", "theta": None}}, RunError, "its audio tokens were imported"),
         (
-            {"audio": {"name": "ast_micro", "theta": 9}, "video": {"name": "swin3d_b", "theta": 300}},
+            {"audio": {"name": "ast_micro", "theta": 9}, "video": {"name": "swin3d_b", "theta": None}},
             RunError,
-            "averaged to different numbers of tokens",
+            r"tokens of several Theta cannot be counted together \(audio 9, video none\)",
         ),
     ],
 )
@@ -174,6 +178,58 @@ def test_teacher_whose_cost_cannot_be_known_says_why(tmp_path, data, made_by, er
     run = teacher_run(tmp_path / "teacher-1", data, made_by)
     with pytest.raises(error, match=said):
         run_blueprint(run, ExtractConfig(audio=MICRO))
+
+
+def test_token_for_the_whole_clip_is_counted_where_the_teacher_had_one(tmp_path, data):
+    swin = BackboneConfig(name="swin3d_micro", weights="none")
+    made = {"name": "swin3d_micro", "theta": None, "shape": [9, 96]}
+    runs = {"with": {**made, "clip_token": True}, "without": made}
+    found = {
+        name: count(run_blueprint(teacher_run(tmp_path / name, data, {"video": one}), ExtractConfig(video=swin)))
+        for name, one in runs.items()
+    }
+    assert found["with"].rows[0].gflops > found["without"].rows[0].gflops
+
+
+def test_imported_tokens_are_counted_from_where_they_are_tokens(tmp_path, data):
+    made_by = {
+        "video": {"name": "imported", "theta": 5, "shape": [7, 12]},
+        "audio": {"name": "ast_micro", "theta": 9, "shape": [9, 96]},
+    }
+    found = count(run_blueprint(teacher_run(tmp_path / "teacher-1", data, made_by), ExtractConfig(audio=MICRO)))
+    only = teacher_run(tmp_path / "a", data, {"audio": made_by["audio"]})
+    alone = count(run_blueprint(only, ExtractConfig(audio=MICRO)))
+    assert found.imported == ("video",)
+    costs = rows(found)
+    assert costs["A"].gflops == alone.rows[0].gflops
+    k, n, e, heads = 7, 8, 768, 2 * (768 * 1536 + 1536 * 2)
+    layer = n * e * 3 * e + 2 * n * n * e + n * e * e + 2 * n * e * e
+    assert round(costs["V"].gflops * 1e9) == 2 * (k * 12 * e + 2 * layer + heads)  # the fusion head alone
+
+
+@pytest.mark.parametrize("lacks", ["made_by", "classes", "kind", "settings"])
+def test_run_of_another_kind_or_version_is_refused_in_one_line(tmp_path, data, lacks):
+    run = teacher_run(tmp_path / "run", data, {"audio": {"name": "ast_micro", "theta": 9}})
+    config = {name: value for name, value in run.config.items() if name != lacks}
+    (run.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=rf"not that of a teacher or student of this version: '{lacks}'. Train"):
+        run_blueprint(run, ExtractConfig(audio=MICRO))
+
+
+def test_backbone_that_passes_a_parameter_on_is_counted(data):
+    cait = BackboneConfig(name="timm:cait_xxs24_224", weights="none")
+    data = data.model_copy(update={"modalities": ("video",), "size": 224})
+    assert count(teacher_blueprint(data, ExtractConfig(video=cait), TeacherConfig(), EPIC)).rows[0].gflops > 1
+
+
+def test_measuring_process_that_is_killed_is_an_error_with_a_way_out(monkeypatch, blueprint):
+    monkeypatch.setattr(measuring, "_measured", killed)
+    with pytest.raises(MemoryShortError, match=r"student, V\+A\+D: .* was killed.*Report with --repeats 0"):
+        measure(blueprint, count(blueprint), torch.device("cpu"), 1, lambda n: None)
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_files_hold_the_figures_and_a_plot(tmp_path, blueprint):

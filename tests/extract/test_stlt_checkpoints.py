@@ -93,7 +93,7 @@ def ours(state, tmp_path):
 
 
 @pytest.mark.parametrize("numbers", [SOMETHING, GENOME], ids=["something", "action_genome"])
-@pytest.mark.parametrize("prefix", ["", "backbone.", "stlt_backbone.", "module.backbone."])
+@pytest.mark.parametrize("prefix", ["", "stlt_backbone.", "module.layout_branch."])
 def test_checkpoint_of_the_authors_gives_the_tokens_of_their_network(numbers, prefix, tmp_path):
     theirs = authors(numbers)
     state = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
@@ -140,3 +140,13 @@ def test_our_own_stlt_file_is_taken_as_it_is(tmp_path):
 def test_checkpoint_of_other_categories_says_what_is_expected(tmp_path):
     with pytest.raises(ConfigError, match=r"9 categories, expected 4 \(Something-Something\) or 38 \(Action Genome\)"):
         ours(Authors(9).state_dict(), tmp_path)
+
+
+def test_checkpoint_of_other_types_of_frames_says_what_is_expected(tmp_path):
+    state = Authors(4).state_dict()
+    table = "frames_embeddings.frame_type_embedding.weight"
+    with pytest.raises(ConfigError, match="4 types of frames, expected 5"):
+        ours(state | {table: state[table][:4]}, tmp_path)
+    del state[table]
+    with pytest.raises(ConfigError, match=f"no {table}"):
+        ours(state, tmp_path)
