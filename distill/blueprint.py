@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -91,28 +92,33 @@ def run_blueprint(run: RunFolder, extract: ExtractConfig) -> Blueprint:
         data = DataConfig.model_validate(described["data"])
         n_classes = {head: len(names) for head, names in described["classes"].items()}
         if described["kind"] == "student":
-            student = student_blueprint(data, StudentConfig.model_validate(described["settings"]), n_classes)
-            return replace(student, name=run.path.name)
-        config, made_by = TeacherConfig.model_validate(described["settings"]), described["made_by"]
-        names = {modality: made["name"] for modality, made in made_by.items()}
-        thetas = {modality: made["theta"] for modality, made in made_by.items()}
-        imported = {m: tuple(made["shape"]) for m, made in made_by.items() if made["name"] == "imported"}
+            found = student_blueprint(data, StudentConfig.model_validate(described["settings"]), n_classes)
+        else:
+            config = TeacherConfig.model_validate(described["settings"])
+            found = _taught(run, described["made_by"], extract, Blueprint("", data, {}, None, config, n_classes, True))
     except (KeyError, ValidationError) as error:
         raise RunError(
             f"{run.path}: config.json is not that of a teacher or student of this version: {one_line(error)}. "
             "Train the run again."
         ) from None
-    if len({theta for modality, theta in thetas.items() if modality not in imported}) > 1:
+    return replace(found, name=run.path.name)
+
+
+def _taught(run: RunFolder, made_by: dict[str, dict[str, Any]], extract: ExtractConfig, bare: Blueprint) -> Blueprint:
+    """Return a teacher's blueprint with the backbones that made its tokens."""
+    imported = {m: tuple(made["shape"]) for m, made in made_by.items() if made["name"] == "imported"}
+    made_here = {m: made for m, made in made_by.items() if m not in imported}
+    thetas = {m: made["theta"] for m, made in made_here.items()}
+    if len({*thetas.values()}) > 1:
         said = ", ".join(f"{modality} {theta or 'none'}" for modality, theta in thetas.items())
         raise RunError(f"{run.path}: tokens of several Theta cannot be counted together ({said}). Report another run.")
     backbones = {}
-    for modality in names.keys() - imported:
+    for modality, made in made_here.items():
         chosen = getattr(extract, modality)
-        if shown_name(chosen.name) != names[modality]:
+        if shown_name(chosen.name) != made["name"]:
             raise ConfigError(
-                f"{run.path}: its {modality} tokens are of {names[modality]}, extract.{modality} names "
+                f"{run.path}: its {modality} tokens are of {made['name']}, extract.{modality} names "
                 f"{shown_name(chosen.name)}. Report under the settings that the cache was made with."
             )
-        backbones[modality] = chosen.model_copy(update={"clip_token": made_by[modality].get("clip_token")})
-    theta = next((theta for modality, theta in thetas.items() if modality not in imported), None)
-    return Blueprint(run.path.name, data, backbones, theta, config, n_classes, is_frozen=True, imported=imported)
+        backbones[modality] = chosen.model_copy(update={"clip_token": made.get("clip_token")})
+    return replace(bare, backbones=backbones, theta=next(iter(thetas.values()), None), imported=imported)
