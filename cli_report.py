@@ -52,8 +52,8 @@ def report(
     blueprints = blueprints or _configured(settings, classes)
     found = [count(blueprint, thetas) for blueprint in blueprints]
     if repeats:
+        on = choose_device(device)
         with watched("measure", sum(len(model.rows) for model in found), "subsets") as progress:
-            on = choose_device(device)
             pairs = zip(blueprints, found, strict=True)
             found = [measure(blueprint, model, on, repeats, progress.advance) for blueprint, model in pairs]
     for model in found:

@@ -18,6 +18,7 @@ from ..extract.weights import shown_name
 from ..fuse.config import TeacherConfig, TrainingConfig
 from .config import StudentConfig
 from .model import ClipModel, build_backbones, build_model
+from .student import student_backbones
 
 EPIC = {"verb": 97, "noun": 300}  # classes of EPIC-KITCHENS-100, the heads of the published figures
 
@@ -77,7 +78,7 @@ def teacher_blueprint(
 
 def student_blueprint(data: DataConfig, config: StudentConfig, n_classes: Mapping[str, int]) -> Blueprint:
     """Return the student that some settings describe."""
-    backbones = {modality: getattr(config, modality) for modality in config.modalities or data.modalities}
+    backbones = student_backbones(data, config)
     return Blueprint("student", data, backbones, config.theta, config, n_classes, is_frozen=False)
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.modality import letters, subsets
 from ..data.theta import theta_average
-from ..fuse.model import build_fusion
+from ..fuse.model import FusionModel, build_fusion
 from .blueprint import Blueprint, blank_clip
 from .model import ClipModel
 
@@ -68,20 +68,22 @@ def count(blueprint: Blueprint, thetas: Sequence[int | None] = ()) -> Efficiency
         flops = {m: _operations(backbone, blank_clip(backbone)) for m, backbone in model.backbones.items()}
     sizes = {m: _n_parameters(backbone) for m, backbone in model.backbones.items()}
     frozen = sum(sizes.values()) if blueprint.is_frozen else 0
+    gflops: dict[int | None, dict[str, float]] = {}
+    for theta in {blueprint.theta, *thetas}:
+        gflops[theta] = {}
+        for subset in subsets(model.modalities):
+            bare, tokens = _fusion(blueprint, model, subset, theta, missing="ignore")
+            every = torch.ones(1, len(subset), dtype=torch.bool, device="cpu")
+            operations = sum(flops[m] for m in subset) + _operations(bare, tokens, every)
+            gflops[theta][letters(subset)] = operations / 1e9
     rows = []
     for subset in subsets(model.modalities):
-        reading = sum(flops[m] for m in subset)
-        fusion, alone = _fusing(blueprint, model, subset, blueprint.theta)
-        as_run = _operations(model.fusion, *_tokens(model, subset, blueprint.theta))
-        alone += 0 if blueprint.is_frozen else sum(sizes[m] for m in subset)
-        rows.append(Cost(letters(subset), alone, (reading + fusion) / 1e9, (reading + as_run) / 1e9))
-    by_theta = {
-        str(theta or "none"): {
-            letters(subset): (sum(flops[m] for m in subset) + _fusing(blueprint, model, subset, theta)[0]) / 1e9
-            for subset in subsets(model.modalities)
-        }
-        for theta in thetas
-    }
+        present = torch.tensor([[m in subset for m in model.modalities]], device="cpu")
+        alone, tokens = _fusion(blueprint, model, subset, blueprint.theta)
+        as_run = sum(flops[m] for m in subset) + _operations(model.fusion, tokens, present)
+        trained = _n_parameters(alone) + (0 if blueprint.is_frozen else sum(sizes[m] for m in subset))
+        name = letters(subset)
+        rows.append(Cost(name, trained, gflops[blueprint.theta][name], as_run / 1e9))
     return Efficiency(
         blueprint.name,
         _n_parameters(model) - frozen,
@@ -91,30 +93,21 @@ def count(blueprint: Blueprint, thetas: Sequence[int | None] = ()) -> Efficiency
         tuple(blueprint.imported),
         dict(blueprint.n_classes),
         tuple(rows),
-        by_theta,
+        {str(theta or "none"): gflops[theta] for theta in thetas},
     )
 
 
-def _tokens(model: ClipModel, subset: tuple[str, ...], theta: int | None) -> tuple[dict[str, Tensor], Tensor]:
-    """Return one clip's tokens on the meta device as the fusion block takes them, and `present`."""
-    present = torch.tensor([[m in subset for m in model.modalities]], device="cpu")
+def _fusion(
+    blueprint: Blueprint, model: ClipModel, subset: tuple[str, ...], theta: int | None, missing: str = ""
+) -> tuple[FusionModel, dict[str, Tensor]]:
+    """Return the fusion model for some modalities alone, and one clip's tokens for it, on the meta device."""
     backbones = {m: model.backbones[m] for m in subset}
     tokens = {m: torch.empty(1, each.n_tokens, each.width, device="meta") for m, each in backbones.items()}
-    return {m: theta_average(values, theta) if theta else values for m, values in tokens.items()}, present
-
-
-def _fusing(
-    blueprint: Blueprint, model: ClipModel, subset: tuple[str, ...], theta: int | None
-) -> tuple[int, int]:
-    """Return operations of fusing a subset when nothing else is there, and parameters of the model for it alone."""
-    tokens, _ = _tokens(model, subset, theta)
+    tokens = {m: theta_average(values, theta) if theta else values for m, values in tokens.items()}
     widths = {m: values.shape[2] for m, values in tokens.items()}
     n_tokens = {m: values.shape[1] for m, values in tokens.items()}
     with torch.device("meta"):
-        bare = build_fusion(widths, n_tokens, blueprint.n_classes, blueprint.config, missing="ignore")
-        alone = build_fusion(widths, n_tokens, blueprint.n_classes, blueprint.config)
-    every = torch.ones(1, len(subset), dtype=torch.bool, device="cpu")
-    return _operations(bare, tokens, every), _n_parameters(alone)
+        return build_fusion(widths, n_tokens, blueprint.n_classes, blueprint.config, missing), tokens
 
 
 def _operations(module: nn.Module, *inputs: Any) -> int:

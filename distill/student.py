@@ -7,16 +7,21 @@ import torch
 
 from ..data.config import DataConfig
 from ..data.runs import RunFolder
+from ..extract.config import BackboneConfig
 from .config import StudentConfig
 from .model import ClipModel, build_backbones, build_model
+
+
+def student_backbones(data: DataConfig, config: StudentConfig) -> dict[str, BackboneConfig]:
+    """Return which backbone the student has for each of its modalities."""
+    return {modality: getattr(config, modality) for modality in config.modalities or data.modalities}
 
 
 def build_student(
     data: DataConfig, config: StudentConfig, n_classes: Mapping[str, int], *, pretrained: bool = True
 ) -> ClipModel:
     """Build the student of a config; `pretrained=False` leaves out weights that a checkpoint will replace."""
-    chosen = {modality: getattr(config, modality) for modality in config.modalities or data.modalities}
-    backbones = build_backbones(data, chosen, config.seed, pretrained=pretrained)
+    backbones = build_backbones(data, student_backbones(data, config), config.seed, pretrained=pretrained)
     return build_model(backbones, config.theta, n_classes, config)
 
 

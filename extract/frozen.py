@@ -57,13 +57,11 @@ class FrozenBackbone:
         self.modality, self.config, self.device = modality, config, device
         self.agreement: dict[str, float] | None = None
         self._exact: Backbone | None = None
-        self._precision = config.precision
         self.backbone = backbone.to(device)
         if config.precision == "bfloat16":
             self._exact = self.backbone
             if device.type != "cuda":  # autocast would convert the weights anew in every batch
                 self.backbone = copy.deepcopy(self.backbone).bfloat16()
-                self._precision = "float32"  # of what autocast would change: nothing is left to it
 
     def tokens(self, arrays: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Return place -> tokens [k, D] float32 of the clips at some places of one batch.
@@ -82,7 +80,7 @@ class FrozenBackbone:
             for place, array in arrays.items():
                 batch[place] = torch.from_numpy(array)
             on_device = batch.to(self.device, non_blocking=is_cuda)
-            with arithmetic(self._precision, self.device):
+            with arithmetic(self.config.precision if is_cuda else "float32", self.device):
                 found = self._averaged(self.backbone, on_device)
             if self._exact is not None:
                 self._compare(found, on_device, sorted(arrays)[:N_CHECKED])

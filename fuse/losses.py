@@ -63,7 +63,7 @@ def info_nce(
         pairs = has_anchor & present[:, column]  # [B]
         if name != ANCHOR and pairs.sum() >= 2:
             total = total + _contrast(tokens[ANCHOR][pairs], tokens[name][pairs], tau, symmetric)
-    return total / max(len(names) - 1, 1)
+    return total / (len(names) - 1)
 
 
 def _contrast(anchors: Tensor, others: Tensor, tau: float, symmetric: bool) -> Tensor:
