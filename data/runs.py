@@ -1,6 +1,7 @@
 """A run folder: the resolved config, metrics as they come, and checkpoints without pickle."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,9 @@ from .errors import RunError
 from .publish import publish, publish_json, read_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunFolder:
@@ -20,6 +23,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._events: SummaryWriter | None = None
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -46,17 +50,42 @@ class RunFolder:
         """Return what the finished run reported."""
         return read_json(self.path / "result.json")
 
-    def start(self, config: Mapping[str, Any]) -> None:
-        """Begin, or begin again a run that never finished."""
+    def require_free(self, resume: bool) -> None:
+        """Raise RunError if a finished run is here, or one to go on with unless that is what is wanted."""
         if self.is_finished:
             raise RunError(f"{self.path}: a finished run is here already. Choose other settings or another --runs.")
+        if self._state.exists() and not resume:
+            raise RunError(
+                f"{self.path}: this run was interrupted in epoch {self._about(self._state)['epoch']}. Go on with "
+                "--resume, or remove the folder to begin anew."
+            )
+
+    def start(self, config: Mapping[str, Any], first_epoch: int = 0) -> None:
+        """Begin, or go on from an epoch: the records before it stay.  Call `require_free` first."""
         publish_json(self.path / "config.json", config)
-        (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        metrics = self.path / "metrics.jsonl"
+        kept = [record for record in self.metrics() if record["epoch"] < first_epoch] if metrics.exists() else []
+        publish(metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        for record in kept:
+            self._plot(record)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`."""
+        """Append one line to `metrics.jsonl`, and its numbers to the TensorBoard events in `tensorboard/`."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        self._plot(record)
+
+    def _plot(self, record: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._events is None:
+            self._events = SummaryWriter(str(self.path / "tensorboard"))
+        flat = {**record, **{f"val/{name}": value for name, value in record.get("val", {}).items()}}
+        for name, value in flat.items():
+            if name != "epoch" and isinstance(value, int | float):
+                self._events.add_scalar(name, value, record["epoch"])
+        self._events.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of `metrics.jsonl`."""
@@ -78,9 +107,46 @@ class RunFolder:
             raise RunError(f"{path}: no such checkpoint. Train the run again.")
         return load_file(path)
 
+    def save_state(self, model: "nn.Module", optimizer: "Optimizer", about: Mapping[str, Any]) -> None:
+        """Publish `state.safetensors`: all that a training needs to go on, until it is finished."""
+        tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+        for at, kept in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{at}/{name}": tensor for name, tensor in kept.items()}
+        self.save_checkpoint("state", tensors, about)
+
+    def load_state(self, model: "nn.Module", optimizer: "Optimizer") -> dict[str, Any] | None:
+        """Bring model and optimizer back to what was saved; return what was said of it, None if nothing was saved."""
+        if not self._state.exists():
+            return None
+        found, weights, kept = self.load_checkpoint("state"), {}, {}
+        for name, tensor in found.items():
+            part, _, rest = name.partition("/")
+            if part == "model":
+                weights[rest] = tensor
+            else:
+                at, _, key = rest.partition("/")
+                kept.setdefault(int(at), {})[key] = tensor
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
+        return self._about(self._state)
+
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write `result.json`, the mark of a finished run."""
+        """Write `result.json`, the mark of a finished run; there is then nothing left to go on with."""
         publish_json(self.path / "result.json", result)
+        self._state.unlink(missing_ok=True)
+        if self._events is not None:
+            self._events.close()
+
+    @property
+    def _state(self) -> Path:
+        return self.path / "state.safetensors"
+
+    @staticmethod
+    def _about(path: Path) -> dict[str, Any]:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["about"])
 
 
 def finished_runs(runs: Path, kind: str) -> list[RunFolder]:

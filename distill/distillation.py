@@ -15,7 +15,7 @@ from ..data.progress import watched
 from ..data.runs import RunFolder
 from ..fuse.losses import cross_entropy
 from ..fuse.metrics import accuracy
-from ..fuse.training import fit, prepare, usable_rows
+from ..fuse.training import begin, fit, prepare, usable_rows
 from .config import StudentConfig
 from .dropout import modality_dropout
 from .evaluate import subset_logits
@@ -69,8 +69,9 @@ class Distillation:
     def train(self, run: RunFolder, described: dict[str, Any]) -> None:
         """Train and mark the run as finished."""
         self.teacher.require(self.rows["train"])
-        run.start(described)
-        best = fit(self.student, self, self.config, run)
+        training = begin(self.student, self, self.config, run, described)
+        fit([training])
+        best = training.finish()
         parameters = sum(p.numel() for p in self.student.parameters())
         failed = self.stream.failed
         run.finish({"epoch": best["epoch"], "val": best["val"], "parameters": parameters, "failed": failed})
@@ -84,13 +85,13 @@ class Distillation:
         ).numpy()
         return out
 
-    def batches(self, epoch: int) -> Iterator[ClipBatch]:
-        """Yield the training batches of an epoch; a dropped modality is neither decoded nor run."""
+    def batches(self, epoch: int, first: int = 0) -> Iterator[ClipBatch]:
+        """Yield the training batches of an epoch from step `first` on; a dropped modality is neither decoded nor run."""
         masks, view = self.masks(epoch), epoch % self.teacher.n_views
-        plan = plan_epoch(self.rows["train"], self.config.batch_size, self.config.seed, epoch)
+        plan = plan_epoch(self.rows["train"], self.config.batch_size, self.config.seed, epoch)[first:]
         return self.stream.batches([(rows, masks[rows]) for rows in plan], view)
 
-    def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
+    def losses(self, batch: ClipBatch, step: int = 0) -> dict[str, Tensor]:
         """Return Eq. 5: gamma CE + lambda KL, and its parts; without a teacher, CE alone."""
         inputs = {modality: values.to(self.device) for modality, values in batch.inputs.items()}
         with arithmetic(self.config.precision, self.device):

@@ -1,27 +1,5 @@
-"""Modality dropout: which modalities of a clip the student may see in this step."""
+"""Modality dropout under the name that the paper's student has it by; the teacher of its later version has it too."""
 
-import torch
-from torch import Generator, Tensor
+from ..fuse.dropout import modality_dropout
 
-from ..data.errors import ConfigError
-
-
-def modality_dropout(present: Tensor, p: float, generator: Generator) -> Tensor:
-    """Drop each available modality with probability `p`, per clip; where all would go, keep one of them, chosen evenly.
-
-    present: [B, M] bool, True = available. Returns a new [B, M] bool on the same device. The draws come from
-    `generator` (on the CPU) alone and are two per place whatever `present` holds, so the same generator state gives
-    the same draws again.
-    Raises ConfigError if p is not in 0..1, ValueError if a clip has no modality at all.
-    Source: KARMMA sec. 3.4. With p = 0.5 and three modalities: 1/6 for each single one, 1/8 for each larger set.
-    """
-    if not 0.0 <= p <= 1.0:
-        raise ConfigError(f"Modality dropout: p is {p}, expected 0 to 1. Set it to the paper's 0.5.")
-    if not present.any(1).all():
-        rows = (~present.any(1)).nonzero().flatten().tolist()
-        raise ValueError(f"Modality dropout: rows {rows} have no modality to keep. Leave these clips out of the batch.")
-    drop, order = torch.rand(2, *present.shape, generator=generator).to(present.device)  # each [B, M]
-    kept = present & (drop >= p)
-    survivor = order.masked_fill(~present, -1.0).argmax(1, keepdim=True)  # [B, 1]
-    one = torch.zeros_like(present).scatter(1, survivor, True)
-    return torch.where(kept.any(1, keepdim=True), kept, one)
+__all__ = ["modality_dropout"]

@@ -7,13 +7,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.errors import ConfigError
+from ..fuse.ranks import n_ranks, summed
 
 
 def kl_divergence(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
     """Return KL(teacher || student), mean over clips and heads, times temperature squared; float32 or better.
 
     student, teacher: head -> [B, N_h] logits. The student's heads count; no gradient reaches the teacher. Equal logits
-    give 0.  Raises ConfigError if temperature <= 0, ValueError if a head of the student has no equal in the teacher.
+    give 0. Where several ranks train, clips are counted over all of them, so that the mean of their losses is that of
+    the whole batch.  Raises ConfigError if temperature <= 0, ValueError if a head of the student has no equal in the teacher.
     Source: KARMMA eq. 4; the factor keeps the gradient's size when the temperature changes (Hinton et al., 2015).
     """
     if not temperature > 0:
@@ -24,8 +26,9 @@ def kl_divergence(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], 
         if shape != tuple(logits.shape):
             raise ValueError(f"KL: teacher logits of {head!r} are {shape}, expected {tuple(logits.shape)}.")
         ours, theirs = (_log_probs(each, temperature) for each in (logits, teacher[head].detach()))
-        parts.append(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
-    return torch.stack(parts).mean() * temperature**2
+        parts.append(F.kl_div(ours, theirs, reduction="sum", log_target=True))
+    n_clips = summed(torch.tensor(len(logits), device=logits.device))
+    return torch.stack(parts).mean() * temperature**2 * n_ranks() / n_clips
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:

@@ -13,12 +13,13 @@ from ..data.config import PLACES, DataConfig, digest
 from ..data.errors import RunError
 from ..data.identity import input_identity
 from ..data.runs import RunFolder
+from ..fuse.stage import NOT_DECISIVE as SHARED
 from ..fuse.stage import require_labels
 from .config import StudentConfig
 from .results import Evaluation
 from .teacher import NO_TEACHER, CachedTeacher, find_teacher, known_present
 
-NOT_DECISIVE = {"device", "threads", "teacher", "readers", "input_cache_mb"}
+NOT_DECISIVE = SHARED | {"teacher", "readers", "input_cache_mb"}
 
 
 @dataclass

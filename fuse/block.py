@@ -1,5 +1,6 @@
 """The fusion block: CLS and the tokens of all modalities through a few transformer layers, then one token each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.errors import ConfigError
+from .attention import attend, layer_seeds
 from .embedding import Embedded, learned_token
 
 
@@ -57,19 +59,25 @@ class FusionLayer(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """tokens: [B, N, E].  mask: [B, 1, 1, N] bool, True = may be attended to; None = all.  Returns [B, N, E]."""
+    def forward(self, tokens: Tensor, mask: Tensor | None, seeds: Sequence[int] | None = None) -> Tensor:
+        """Return [B, N, E] from tokens [B, N, E].
+
+        mask: [B, 1, 1, N] bool, True = may be attended to; None = all.  seeds: one a clip, for dropout in training;
+        None draws them.
+        """
         if self.norm_first:
-            tokens = tokens + self._attend(self.norm_attention(tokens), mask)
+            tokens = tokens + self._attend(self.norm_attention(tokens), mask, seeds)
             return tokens + self._transform(self.norm_ffn(tokens))
-        tokens = self.norm_attention(tokens + self._attend(tokens, mask))
+        tokens = self.norm_attention(tokens + self._attend(tokens, mask, seeds))
         return self.norm_ffn(tokens + self._transform(tokens))
 
-    def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, tokens: Tensor, mask: Tensor | None, seeds: Sequence[int] | None) -> Tensor:
         qkv = self.qkv(tokens).unflatten(-1, (3, self.n_heads, -1))  # [B, N, 3, heads, E / heads]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, E / heads]
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        if self.training and self.dropout:
+            out = attend(query, key, value, mask, self.dropout, seeds)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(out.transpose(1, 2).flatten(2))  # [B, N, E]
 
     def _transform(self, tokens: Tensor) -> Tensor:
@@ -84,8 +92,8 @@ class FusionBlock(nn.Module):
         self.cls = learned_token(shape.embed_dim)
         self.layers = nn.ModuleList(FusionLayer(shape) for _ in range(shape.n_layers))
 
-    def forward(self, embedded: Embedded) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return CLS [B, E] and modality -> [B, E].
+    def forward(self, embedded: Embedded, seeds: Sequence[int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return CLS [B, E] and modality -> [B, E].  seeds: one a clip, for dropout in training; None draws them.
 
         Where a modality has no token of a clip (`ignore`) its row is zero and stands for nothing.
         """
@@ -93,8 +101,8 @@ class FusionBlock(nn.Module):
         tokens = torch.cat((cls, embedded.tokens), dim=1)  # [B, 1 + N, E]
         # A mask rules out the fastest attention kernels, so it is there only when some clip needs it.
         mask = None if embedded.keep is None else F.pad(embedded.keep, (1, 0), value=True)[:, None, None]
-        for layer in self.layers:
-            tokens = layer(tokens, mask)
+        for at, layer in enumerate(self.layers):
+            tokens = layer(tokens, mask, seeds and layer_seeds(seeds, at))
         cls, *parts = tokens.split([1, *embedded.counts.values()], dim=1)
         return cls.squeeze(1), dict(zip(embedded.counts, _averages(parts, embedded.keep), strict=True))
 

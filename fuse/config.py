@@ -15,6 +15,8 @@ class TrainingConfig(StageConfig):
     min_lr: float = paper(1e-5, "learning rate at the start and at the end", "sec. 4", gt=0)
     warmup_epochs: int = paper(10, "epochs of linear warm-up", "sec. 4", ge=0)
     norm_first: bool = ours(False, "LayerNorm before attention instead of after", "not stated; torch's default")
+    resume: bool = ours(False, "go on with a run that was interrupted", "never in silence")
+    save_minutes: float = ours(10.0, "minutes between saves in the middle of an epoch", "so much may be lost", ge=0)
     allow_failures: int = ours(0, "clips that may be failed; they then lack that modality", "never in silence", ge=0)
     precision: Literal["float32", "bfloat16"] = ours(
         "float32", "arithmetic of the forward pass (autocast); losses and weights stay float32", "exact before fast"
@@ -41,4 +43,7 @@ class TeacherConfig(TrainingConfig):
     alpha: float = paper(0.7, "weight of cross-entropy in Eq. 3", "sec. 4", ge=0)
     beta: float = paper(0.3, "weight of InfoNCE in Eq. 3", "sec. 4", ge=0)
     tau: float = paper(0.1, "temperature of InfoNCE in Eq. 2", "sec. 4", gt=0)
+    modality_dropout: float = ours(
+        0.0, "probability of dropping a modality of a clip", "none in the paper; its later version has it", ge=0, lt=1
+    )
     symmetric: bool = ours(False, "InfoNCE in both directions instead of from video alone", "Eq. 2 has the one")

@@ -70,21 +70,25 @@ class Embedding(nn.Module):
             if missing in WITH_TOKEN_TOKENS:
                 self.token_tokens[name] = learned_token(n_tokens[name], embed_dim)
 
-    def forward(self, tokens: Mapping[str, Tensor], present: Tensor) -> Embedded:
+    def forward(self, tokens: Mapping[str, Tensor], present: Tensor, whole: bool = False) -> Embedded:
         """Embed a batch.
 
         tokens: modality -> [B, k, D], any float dtype; a modality that every clip lacks may be left out.
         present: [B, M] bool, columns in the order of `modalities`. What sits in the rows of a missing modality does
-        not matter.  Raises ValueError if the two do not fit each other or the layer.
+        not matter.  whole: keep the places of a modality that every clip lacks, so that N does not depend on the batch.
+        Raises ValueError if the two do not fit each other or the layer.
         """
         self._check(tokens, present)
         some, every = torch.stack((present.any(0), present.all(0))).tolist()  # one wait for the device, not 2 M
         parts = {}
         for column, name in enumerate(self.modalities):
             here = None if every[column] else present[:, column]
-            parts[name] = self._available(name, tokens[name], here) if some[column] else self._stand_in(name, present)
+            if some[column]:
+                parts[name] = self._available(name, tokens[name], here)
+            else:
+                parts[name] = self._stand_in(name, present, whole)
         counts = {name: part.shape[1] for name, part in parts.items()}
-        mixed = any(one and not all_ for one, all_ in zip(some, every, strict=True))
+        mixed = any((one or whole) and not all_ for one, all_ in zip(some, every, strict=True))
         keep = self._keep(counts, present) if mixed and self.missing in UNEVEN else None
         return Embedded(torch.cat(list(parts.values()), dim=1), counts, keep)
 
@@ -109,12 +113,12 @@ class Embedding(nn.Module):
             out = out + learned
         return out if here is None else torch.where(here, out, learned)
 
-    def _stand_in(self, name: str, present: Tensor) -> Tensor:
-        """Return [B, n, E] for a modality that every clip lacks; n is 0 under ignore, 1 under B.1, else k."""
+    def _stand_in(self, name: str, present: Tensor, whole: bool) -> Tensor:
+        """Return [B, n, E] for a modality that every clip lacks; n is 0 under ignore, 1 under B.1, else or if whole k."""
         weight, learned = self.project[name].weight, self._learned(name)
+        n_tokens = self.n_tokens[name] if whole else {"ignore": 0, "B.1": 1}.get(self.missing, self.n_tokens[name])
         if learned is None:
-            return weight.new_empty(len(present), 0, len(weight))
-        n_tokens = 1 if self.missing == "B.1" else self.n_tokens[name]
+            return weight.new_zeros(len(present), n_tokens, len(weight))
         return learned.expand(len(present), n_tokens, -1)
 
     def _keep(self, counts: Mapping[str, int], present: Tensor) -> Tensor:

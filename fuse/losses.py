@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.errors import ConfigError
-from .ranks import over_ranks
+from .ranks import n_ranks, over_ranks, summed
 
 ANCHOR = "video"
 UNLABELLED = -1
@@ -17,18 +17,19 @@ def cross_entropy(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) ->
     """Return the mean over heads of the mean cross-entropy over labelled clips, a scalar in float32 or better.
 
     logits: head -> [B, N_h].  labels: head -> [B] int64, -1 = unlabelled. A head without a labelled clip is left out of
-    both the sum and the number of heads; if that is all of them the loss is 0, and its gradients are too.
+    both the sum and the number of heads; if that is all of them the loss is 0, and its gradients are too. Where several
+    ranks train, labels are counted over all of them, so that the mean of their losses is that of the whole batch.
     Raises ValueError if a head has no labels.  Source: KARMMA eq. 1, which leaves open how heads are weighted.
     """
-    total, n_heads = 0.0, 0.0
-    for head, scores in logits.items():
+    for head in logits:
         if head not in labels:
             raise ValueError(f"Cross-entropy: no labels of head {head!r}; found {', '.join(labels) or 'none'}.")
-        n_labelled = (labels[head] != UNLABELLED).sum()
+    n_labelled = summed(torch.stack([(labels[head] != UNLABELLED).sum() for head in logits]))
+    total = 0.0
+    for (head, scores), n in zip(logits.items(), n_labelled, strict=True):
         loss = F.cross_entropy(_precise(scores), labels[head], ignore_index=UNLABELLED, reduction="sum")
-        total = total + loss / n_labelled.clamp(min=1)
-        n_heads = n_heads + (n_labelled > 0)
-    return total / n_heads.clamp(min=1)
+        total = total + loss / n.clamp(min=1)
+    return total * n_ranks() / (n_labelled > 0).sum().clamp(min=1)
 
 
 def info_nce(

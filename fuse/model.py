@@ -1,6 +1,6 @@
 """What teacher and student share after their backbones: embedding, fusion block and multi-head MLP as one module."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -60,15 +60,18 @@ class FusionModel(nn.Module):
         self.block.compile(*args, **options)
         self.mlp.compile(*args, **options)
 
-    def forward(self, tokens: Mapping[str, Tensor], present: Tensor) -> FusionOutput:
+    def forward(
+        self, tokens: Mapping[str, Tensor], present: Tensor, seeds: Sequence[int] | None = None
+    ) -> FusionOutput:
         """Fuse a batch.
 
         tokens: modality -> [B, k, D]; one that every clip lacks may be left out.  present: [B, M] bool, True =
         available, columns in the order of `modalities`. What sits in the rows of a missing modality does not matter.
-        Raises ValueError if the two do not fit each other or the model.
+        seeds: one a clip, for dropout in training: a clip's result then depends on nobody beside it; None draws them.
+        Raises ValueError if tokens and present do not fit each other or the model.
         """
-        embedded = self.embedding(tokens, present)
-        cls, averages = self.block(embedded)
+        embedded = self.embedding(tokens, present, whole=seeds is not None)
+        cls, averages = self.block(embedded, seeds)
         used = [column for column, name in enumerate(self.modalities) if embedded.counts[name]]
         fused = torch.stack([cls, *(averages[self.modalities[column]] for column in used)], dim=1)  # [B, 1 + used, E]
         counted = None

@@ -18,6 +18,7 @@ from ..data.stores import TokenStore
 from .config import TeacherConfig
 
 logger = logging.getLogger(__name__)
+NOT_DECISIVE = {"device", "threads", "resume", "save_minutes"}
 
 
 @dataclass
@@ -50,14 +51,17 @@ def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> 
     run = RunFolder(data.runs / f"teacher-{digest(described)[:8]}")
     was_there = run.is_finished and cache.logits_path(run.result["teacher"]).exists()
     if not was_there:
+        from .ranks import joined
         from .teacher import Teacher
+        from .training import prepare
 
-        teacher = Teacher(cache, table, selection, data, config)
-        # A finished run whose logits are gone (a cache made anew) need not be trained again.
-        if run.is_finished:
-            teacher.speak(run, described)
-        else:
-            teacher.train(run, described)
+        with joined(prepare(config)) as device:
+            teacher = Teacher(cache, table, selection, data, config, device)
+            # A finished run whose logits are gone (a cache made anew) need not be trained again.
+            if run.is_finished:
+                teacher.speak(run, described)
+            else:
+                teacher.train(run, described)
     result = run.result
     logits = cache.logits_path(result["teacher"])
     return TeacherReport(run.path, logits, tuple(selection.stores), result, selection.left_out, was_there)
@@ -87,7 +91,7 @@ def describe_run(
     n_views = selection.n_views
     return {
         "kind": "teacher",
-        "settings": config.model_dump(mode="json", exclude={"device", "threads", "tokens"}),
+        "settings": config.model_dump(mode="json", exclude=NOT_DECISIVE | {"tokens"}),
         "data": data.model_dump(mode="json", exclude=PLACES),
         "inputs": {modality: cache.identities(modality)[name]["input"] for modality, name in selection.names.items()},
         "tokens": selection.names,

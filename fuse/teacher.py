@@ -15,22 +15,31 @@ from ..data.device import arithmetic
 from ..data.identity import tensors_digest
 from ..data.runs import RunFolder
 from ..data.selection import Selection
+from .attention import clip_seeds
 from .config import TeacherConfig
+from .dropout import seeded_dropout
 from .logits import run_teacher, write_logits
 from .losses import cross_entropy, info_nce
 from .metrics import accuracy
 from .model import build_fusion
-from .training import fit, prepare, usable_rows
+from .ranks import is_first, over_ranks, own_part, wait
+from .training import Training, begin, fit, usable_rows
 
 
 class Teacher:
     """One teacher in training; a `Course` for `fit`."""
 
     def __init__(
-        self, cache: Cache, table: ClipTable, selection: Selection, data: DataConfig, config: TeacherConfig
+        self,
+        cache: Cache,
+        table: ClipTable,
+        selection: Selection,
+        data: DataConfig,
+        config: TeacherConfig,
+        device: torch.device,
     ) -> None:
         self.cache, self.table, self.config, self.selection = cache, table, config, selection
-        self.device = prepare(config)
+        self.device = device
         self.reader = TokenReader(selection.stores, cache.rows(table.clip_ids), pin=self.device.type == "cuda")
         self.labels = {head: torch.from_numpy(table.labels(head)) for head in data.heads}
         self.classes = {head: list(table.classes(head)) for head in data.heads}
@@ -48,12 +57,20 @@ class Teacher:
             self.model.compile()
 
     def train(self, run: RunFolder, described: dict[str, Any]) -> None:
-        """Train, then write the logits of the best weights, then mark the run as finished."""
-        run.start(described)
-        best = fit(self.model, self, self.config, run)
-        teacher = self.speak(run, described)
-        parameters = sum(p.numel() for p in self.model.parameters())
-        run.finish({"teacher": teacher, "epoch": best["epoch"], "val": best["val"], "parameters": parameters})
+        """Train, or go on; then write the logits of the best weights, then mark the run as finished."""
+        training = begin(self.model, self, self.config, run, described)
+        fit([training])
+        self.conclude(training, described)
+
+    def conclude(self, training: Training, described: dict[str, Any]) -> None:
+        """Write what a training that is over leaves behind."""
+        if is_first():
+            best = training.finish()
+            teacher = self.speak(training.run, described)
+            parameters = sum(p.numel() for p in self.model.parameters())
+            result = {"teacher": teacher, "epoch": best["epoch"], "val": best["val"], "parameters": parameters}
+            training.run.finish(result)
+        wait()
 
     def speak(self, run: RunFolder, described: dict[str, Any]) -> str:
         """Write the logits of the run's best weights for every clip and view; return the teacher's digest."""
@@ -79,17 +96,21 @@ class Teacher:
         )
         return teacher
 
-    def batches(self, epoch: int) -> Iterator[TokenBatch]:
-        """Yield the training batches of an epoch, in view epoch mod V."""
-        plan = plan_epoch(self.rows["train"], self.config.batch_size, self.config.seed, epoch)
-        yield from self.reader.batches(plan, epoch % self.selection.n_views)
+    def batches(self, epoch: int, first: int = 0) -> Iterator[TokenBatch]:
+        """Yield the training batches of an epoch from step `first` on, in view epoch mod V."""
+        plan = plan_epoch(self.rows["train"], self.config.batch_size, self.config.seed, epoch)[first:]
+        yield from self.reader.batches([own_part(rows) for rows in plan], epoch % self.selection.n_views)
 
-    def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
+    def losses(self, batch: TokenBatch, step: int = 0) -> dict[str, Tensor]:
         """Return Eq. 3: alpha CE + beta InfoNCE, and its parts."""
         tokens = {name: values.to(self.device, non_blocking=True).float() for name, values in batch.tokens.items()}
-        present = batch.present.to(self.device)
+        seeds = clip_seeds(self.config.seed, step, self.table.clip_ids[batch.rows].tolist())
+        present = batch.present
+        if self.config.modality_dropout:
+            present = seeded_dropout(present, self.config.modality_dropout, seeds)
+        present = present.to(self.device)
         with arithmetic(self.config.precision, self.device):
-            output = self.model(tokens, present)
+            output = self.model(tokens, present, seeds)
         labels = {head: values[batch.rows].to(self.device) for head, values in self.labels.items()}
         ce = cross_entropy(output.logits, labels)
         aligned = info_nce(output.tokens, self.config.tau, present, self.config.symmetric)
@@ -98,7 +119,9 @@ class Teacher:
     def validate(self) -> dict[str, float]:
         """Return accuracy by head and action, and cross-entropy, of the clean view of the validation clips."""
         rows = self.rows["val"]
-        found = [logits for _, logits in run_teacher(self.model, self.reader, rows, 0, self.device)]
-        logits = {head: torch.cat([part[head] for part in found]) for head in self.classes}
+        found = [logits for _, logits in run_teacher(self.model, self.reader, own_part(rows), 0, self.device)]
+        parts = {head: [logits[head] for logits in found] for head in self.classes}
+        empty = {head: torch.empty(0, len(names)) for head, names in self.classes.items()}
+        logits = {head: over_ranks(torch.cat([empty[head], *parts[head]]).to(self.device)).cpu() for head in parts}
         labels = {head: values[rows] for head, values in self.labels.items()}
         return {**accuracy(logits, labels), "loss": cross_entropy(logits, labels).item()}

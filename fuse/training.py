@@ -1,10 +1,11 @@
-"""The training loop that teacher and student share: steps, learning rate, logs, checkpoints, validation."""
+"""The training loop that teacher and student share: steps, learning rate, logs, checkpoints, validation, resumption."""
 
+import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..data.errors import RunError, TableError
 from ..data.progress import Task, watched
 from ..data.runs import RunFolder
 from .config import TrainingConfig
+from .ranks import average_gradients, is_first, n_ranks, summed, wait
 from .schedule import learning_rate, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -27,11 +29,15 @@ class Course(Protocol):
 
     steps_per_epoch: int
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        """Yield the batches of an epoch."""
+    def batches(self, epoch: int, first: int) -> Iterable[Any]:
+        """Yield the batches of an epoch from its step `first` on; of each batch, this rank's part."""
 
-    def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Return the loss parts by name; 'loss' is the one to minimise."""
+    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
+        """Return the loss parts by name; 'loss' is the one to minimise.
+
+        Over several ranks, the mean of what they return is the loss of the whole batch.  step: counted from the start
+        of the run, for what is drawn at random.
+        """
 
     def validate(self) -> dict[str, float]:
         """Return accuracies by head and of the action, and 'loss', on the validation split (never on test)."""
@@ -55,6 +61,178 @@ class Waiting:
             finally:
                 self.seconds += time.perf_counter() - start
             yield batch
+
+
+@dataclass
+class Position:
+    """Where a training is: the next step to take, and what its epoch has added up to so far."""
+
+    epoch: int = 0
+    at: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    n_clips: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+    best: dict[str, Any] = field(default_factory=dict)
+
+
+class Training:
+    """One model on its way: it takes steps, closes epochs, and can be put down and taken up again at any step."""
+
+    def __init__(self, model: nn.Module, course: Course, config: TrainingConfig, run: RunFolder) -> None:
+        self.model, self.course, self.config, self.run = model, course, config, run
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.min_lr)
+        self.position = Position()
+        self._saved = time.monotonic()
+
+    def step(self, batch: Any) -> None:
+        """Learn from one batch; raises RunError if the loss stops being finite."""
+        now = self.position
+        step = now.epoch * self.course.steps_per_epoch + now.at
+        self.model.train()
+        # Whatever draws from torch's own generator depends on the step and not on what was drawn before.
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{self.config.seed} {step}".encode(), digest_size=8).digest()))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        parts = self.course.losses(batch, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts["loss"].backward()
+        average_gradients(self.model)
+        means, n_clips = _over_all(parts, len(batch.rows))
+        if not math.isfinite(means["loss"]):
+            raise RunError(
+                f"Epoch {now.epoch}, step {now.at}: the loss is {means['loss']}. "
+                f"Lower max_lr (now {self.config.max_lr}) and start again."
+            )
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        for name, value in means.items():
+            now.sums[name] = now.sums.get(name, 0.0) + value * n_clips
+        now.n_clips += n_clips
+        now.at += 1
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step (sec. 4: linear warm-up, cosine back)."""
+        return learning_rate(
+            step,
+            self.course.steps_per_epoch,
+            max_lr=self.config.max_lr,
+            min_lr=self.config.min_lr,
+            warmup_epochs=self.config.warmup_epochs,
+            epochs=self.config.epochs,
+        )
+
+    def close_epoch(self) -> dict[str, Any]:
+        """Validate, log, keep the weights if they are the best, and begin the next epoch; return the log record."""
+        now = self.position
+        record = {"epoch": now.epoch, **{name: value / now.n_clips for name, value in now.sums.items()}}
+        record["lr"] = self.rate((now.epoch + 1) * self.course.steps_per_epoch - 1)
+        record["clips_per_s"], record["waiting_share"] = now.n_clips / now.seconds, now.waiting / now.seconds
+        record["val"] = plain(self.course.validate())
+        best = record if not now.best or score(record["val"]) > score(now.best["val"]) else now.best
+        if is_first():
+            self.run.log(record)
+            if best is record:
+                self.run.save_checkpoint("best", self.model.state_dict(), {"epoch": now.epoch, "val": record["val"]})
+        self.position = Position(now.epoch + 1, best=best)
+        self.save()
+        return record
+
+    def save(self) -> None:
+        """Write down all that it takes to go on from here."""
+        if is_first():
+            self.run.save_state(self.model, self.optimizer, vars(self.position))
+        self._saved = time.monotonic()
+
+    def save_now_and_then(self) -> None:
+        """Save in the middle of an epoch if the last time is long ago."""
+        if time.monotonic() - self._saved > 60 * self.config.save_minutes:
+            self.save()
+
+    def resume(self) -> bool:
+        """Go back to what was saved last; False if nothing was."""
+        found = self.run.load_state(self.model, self.optimizer)
+        if found is None:
+            return False
+        self.position = Position(**found)
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        """Say whether all epochs are done."""
+        return self.position.epoch >= self.config.epochs
+
+    def finish(self) -> dict[str, Any]:
+        """Keep the last weights; return the best epoch's record."""
+        if is_first():
+            last = {"epoch": self.config.epochs - 1}
+            self.run.save_checkpoint("last", self.model.state_dict(), last)
+        return self.position.best
+
+
+def begin(model: nn.Module, course: Course, config: TrainingConfig, run: RunFolder, described: Any) -> Training:
+    """Return a training at its first step, or, with `config.resume`, where it was interrupted.
+
+    Raises RunError if something is in the run's folder that would be lost.
+    """
+    run.require_free(config.resume)
+    wait()  # nobody writes before all have looked
+    training = Training(model, course, config, run)
+    if training.resume():
+        logger.info("%s: going on with epoch %d", run.path, training.position.epoch)
+    if is_first():
+        run.start(described, training.position.epoch)
+    return training
+
+
+def fit(
+    trainings: Sequence[Training], told: Callable[[Training, dict[str, Any]], bool] = lambda training, record: True
+) -> None:
+    """Train several models on the same batches, each read once, until all are over.
+
+    The trainings share clips, seed, batch size, number of epochs and where they are.  told: called with each epoch's
+    record; False ends that training early.
+    """
+    lead, going = trainings[0], list(trainings)
+    steps = lead.course.steps_per_epoch
+    name, total = lead.run.path.name, (lead.config.epochs - lead.position.epoch) * steps - lead.position.at
+    with watched(name, total, "steps") as shown:
+        while going and not going[0].is_over:
+            _epoch(going, shown)
+            records = [(training, training.close_epoch()) for training in going]
+            _tell(shown, records[0][1])
+            going = [training for training, record in records if told(training, record)]
+
+
+def _epoch(trainings: list[Training], shown: Task) -> None:
+    """Take all steps that are left of an epoch."""
+    lead, waiting = trainings[0], Waiting()
+    last = time.perf_counter()
+    for batch in waiting.over(lead.course.batches(lead.position.epoch, lead.position.at)):
+        for training in trainings:
+            training.step(batch)
+        now, waited = time.perf_counter(), waiting.seconds
+        for training in trainings:
+            training.position.seconds += now - last
+            training.position.waiting += waited
+            training.save_now_and_then()
+        last, waiting.seconds = now, 0.0
+        found = lead.position
+        shown.advance(1, f"epoch {found.epoch}, loss {found.sums['loss'] / found.n_clips:.3f}")
+
+
+def _over_all(parts: dict[str, Tensor], n_clips: int) -> tuple[dict[str, float], int]:
+    """Return the loss parts of the whole batch as numbers, and its clips, from those of this rank's part."""
+    some = [value.detach().double() for value in parts.values()]
+    *sums, n = summed(torch.stack([*some, some[0].new_tensor(n_clips)])).tolist()
+    return {name: value / n_ranks() for name, value in zip(parts, sums, strict=True)}, round(n)
+
+
+def _tell(shown: Task, record: dict[str, Any]) -> None:
+    measured = {name: value for name, value in record["val"].items() if name != "loss" and value is not None}
+    accuracies = " ".join(f"{name} {100 * value:.1f}" for name, value in measured.items())
+    shown.advance(0, f"epoch {record['epoch']}, loss {record['loss']:.3f}, val {accuracies}")
+    logger.info("epoch %d: loss %.4f, lr %.2e, val %s", record["epoch"], record["loss"], record["lr"], accuracies)
 
 
 def usable_rows(table: ClipTable, heads: tuple[str, ...], present: np.ndarray) -> dict[str, np.ndarray]:
@@ -93,70 +271,3 @@ def score(found: dict[str, float | None]) -> tuple[float, float]:
     Where no clip is labelled in every head there is no action accuracy, and the loss alone decides.
     """
     return found["action"] or 0.0, -found["loss"]
-
-
-def fit(model: nn.Module, course: Course, config: Any, run: RunFolder) -> dict[str, Any]:
-    """Train for config.epochs with AdamW and keep the last and the best weights; return the best epoch's metrics.
-
-    The learning rate moves every step (sec. 4: linear warm-up, cosine back).  Raises RunError if the loss stops
-    being finite.
-    """
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.min_lr)
-    best: dict[str, Any] = {}
-    with watched(run.path.name, config.epochs, "epochs") as progress:
-        for epoch in range(config.epochs):
-            record = _epoch(model, course, config, optimizer, epoch)
-            record["val"] = plain(course.validate())
-            run.log(record)
-            if not best or score(record["val"]) > score(best["val"]):
-                best = record
-                run.save_checkpoint("best", model.state_dict(), {"epoch": epoch, "val": record["val"]})
-            _tell(progress, record)
-    run.save_checkpoint("last", model.state_dict(), {"epoch": config.epochs - 1, "val": record["val"]})
-    return best
-
-
-def _epoch(model: nn.Module, course: Course, config: Any, optimizer: torch.optim.Optimizer, epoch: int) -> dict:
-    """Run one epoch and return its log record: means of the loss parts, rate, and the share of time waiting."""
-    model.train()
-    waiting, start, sums, n_clips, rate = Waiting(), time.perf_counter(), {}, 0, 0.0
-    for at, batch in enumerate(waiting.over(course.batches(epoch))):
-        rate = learning_rate(
-            epoch * course.steps_per_epoch + at,
-            course.steps_per_epoch,
-            max_lr=config.max_lr,
-            min_lr=config.min_lr,
-            warmup_epochs=config.warmup_epochs,
-            epochs=config.epochs,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        parts = course.losses(batch)
-        if not torch.isfinite(parts["loss"]):
-            raise RunError(
-                f"Epoch {epoch}, step {at}: the loss is {parts['loss'].item()}. "
-                f"Lower max_lr (now {config.max_lr}) and start again."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * len(batch.rows)
-        n_clips += len(batch.rows)
-    seconds = time.perf_counter() - start
-    record = {name: value / n_clips for name, value in sums.items()}
-    return {
-        "epoch": epoch,
-        **record,
-        "lr": rate,
-        "clips_per_s": n_clips / seconds,
-        "waiting_share": waiting.seconds / seconds,
-    }
-
-
-def _tell(progress: Task, record: dict[str, Any]) -> None:
-    measured = {name: value for name, value in record["val"].items() if name != "loss" and value is not None}
-    accuracies = " ".join(f"{name} {100 * value:.1f}" for name, value in measured.items())
-    progress.advance(1, f"loss {record['loss']:.3f}, val {accuracies}")
-    logger.info("epoch %d: loss %.4f, lr %.2e, val %s", record["epoch"], record["loss"], record["lr"], accuracies)

@@ -24,8 +24,9 @@ def test_finished_run_is_never_started_over(tmp_path):
     run = RunFolder(tmp_path / "r")
     run.start({})
     run.finish({})
-    with pytest.raises(RunError, match="a finished run is here already"):
-        run.start({})
+    for resume in (False, True):
+        with pytest.raises(RunError, match="a finished run is here already"):
+            run.require_free(resume)
 
 
 def test_unfinished_run_starts_over_with_empty_metrics(tmp_path):
@@ -35,6 +36,68 @@ def test_unfinished_run_starts_over_with_empty_metrics(tmp_path):
     run.start({})
     run.log({"epoch": 7})
     assert run.metrics() == [{"epoch": 7}]
+
+
+def stepped(n_steps):
+    """A model and its AdamW after some steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for step in range(n_steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3) * (step + 1)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_state_brings_model_and_optimizer_back_bit_by_bit(tmp_path):
+    run = RunFolder(tmp_path / "r")
+    run.start({})
+    assert run.load_state(*stepped(0)) is None
+    model, optimizer = stepped(3)
+    run.save_state(model, optimizer, {"epoch": 1, "sums": {"loss": 0.1}})
+    other, its = stepped(0)
+    assert run.load_state(other, its) == {"epoch": 1, "sums": {"loss": 0.1}}
+    for networks in ((model, optimizer), (other, its)):
+        networks[1].zero_grad()
+        networks[0](torch.ones(1, 3)).sum().backward()
+        networks[1].step()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_interrupted_run_is_only_gone_on_with_if_that_is_asked_for(tmp_path):
+    run = RunFolder(tmp_path / "r")
+    run.start({})
+    run.require_free(resume=False)  # nothing was saved: nothing can be lost
+    run.save_state(*stepped(1), {"epoch": 4})
+    with pytest.raises(RunError, match="this run was interrupted in epoch 4. Go on with --resume"):
+        run.require_free(resume=False)
+    run.require_free(resume=True)
+    run.finish({})
+    assert not (run.path / "state.safetensors").exists()
+
+
+def test_records_from_before_the_epoch_to_go_on_with_stay(tmp_path):
+    run = RunFolder(tmp_path / "r")
+    run.start({})
+    for epoch in range(3):
+        run.log({"epoch": epoch, "loss": 1.0 / (1 + epoch), "val": {"action": None, "verb": 0.5}})
+    again = RunFolder(run.path)
+    again.start({}, first_epoch=2)
+    assert [record["epoch"] for record in again.metrics()] == [0, 1]
+    again.log({"epoch": 2, "loss": 9.0, "val": {}})
+    assert scalars(run.path, "loss") == {0: 1.0, 1: 0.5, 2: 9.0}
+    assert scalars(run.path, "val/verb") == {0: 0.5, 1: 0.5}
+
+
+def scalars(path, name):
+    """Return what TensorBoard shows under a name: epoch -> value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
 
 
 def test_checkpoint_comes_back_bit_by_bit(tmp_path):

@@ -131,9 +131,9 @@ def test_fusion_block_masks_only_when_some_token_is_left_out(monkeypatch):
     seen = []
     attend = F.scaled_dot_product_attention
 
-    def watch(*args, attn_mask, dropout_p):
+    def watch(*args, attn_mask):
         seen.append(attn_mask)
-        return attend(*args, attn_mask=attn_mask, dropout_p=dropout_p)
+        return attend(*args, attn_mask=attn_mask)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
     block = _fill(FusionBlock(FusionShape(embed_dim=2, ffn_dim=2, n_layers=2, n_attention_heads=1)))

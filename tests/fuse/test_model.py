@@ -245,3 +245,21 @@ def test_student_gflops_of_five_subsets_are_the_published_ones():
     assert 2 * swin_t + fusing("video", "flow") == pytest.approx(353.031127, abs=2e-5)
     assert swin_t + ast_t + fusing("video", "audio") == pytest.approx(181.281226, abs=2e-5)
     assert 2 * swin_t + ast_t + fusing("video", "flow", "audio") == pytest.approx(358.166719, abs=2e-5)
+
+
+@pytest.mark.parametrize("missing", STRATEGIES)
+def test_clip_with_its_seed_gives_the_same_in_any_batch_dropout_included(missing):
+    """Even where nobody else has a modality: the batch of one leaves out what the others would have brought."""
+    model = _model(missing, attention_dropout=0.3).train()
+    batch, seeds = _batch(), [11, 12, 13, 14]
+    together = model(batch, PRESENT, seeds)
+    assert not together.logits["verb"].allclose(model(batch, PRESENT, seeds[::-1]).logits["verb"])
+    for row in range(4):
+        one = slice(row, row + 1)
+        given = {m: batch[m][one] for column, m in enumerate(WIDTHS) if PRESENT[row, column]}
+        alone = model(given, PRESENT[one], seeds[one])
+        for head in HEADS:
+            torch.testing.assert_close(alone.logits[head], together.logits[head][one])
+        for column, name in enumerate(WIDTHS):
+            if PRESENT[row, column]:
+                torch.testing.assert_close(alone.tokens[name], together.tokens[name][one])

@@ -6,7 +6,7 @@ from karmma.data.errors import RunError
 from karmma.data.runs import RunFolder
 from karmma.fuse.config import TeacherConfig
 from karmma.fuse.schedule import learning_rate
-from karmma.fuse.training import Waiting, fit, score
+from karmma.fuse.training import Waiting, begin, fit, score
 
 
 class Line:
@@ -17,11 +17,11 @@ class Line:
     def __init__(self, model, poison_at=None):
         self.model, self.seen, self.poison_at = model, 0, poison_at
 
-    def batches(self, epoch):
-        for step in range(self.steps_per_epoch):
+    def batches(self, epoch, first):
+        for step in range(first, self.steps_per_epoch):
             yield type("Batch", (), {"rows": [0, 1], "x": torch.tensor([[1.0 + step], [-2.0]])})
 
-    def losses(self, batch):
+    def losses(self, batch, step):
         self.seen += 1
         loss = ((self.model(batch.x) - 2 * batch.x) ** 2).mean()
         return {"loss": loss * (float("nan") if self.seen == self.poison_at else 1), "mse": loss.detach()}
@@ -38,8 +38,9 @@ def trained(tmp_path, **poison):
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1, bias=False)
     run = RunFolder(tmp_path / "run")
-    run.start({})
-    return fit(model, Line(model, **poison), CONFIG, run), model, run
+    training = begin(model, Line(model, **poison), CONFIG, run, {})
+    fit([training])
+    return training.finish(), model, run
 
 
 def test_loop_reaches_the_minimum_and_keeps_the_best_epoch(tmp_path):
