@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from .cli_cache import cache_app
-from .cli_options import INTERRUPTED, SOME_FAILED, Settings, out, sample_data, tell, tell_some, with_options
+from .cli_options import INTERRUPTED, SOME_FAILED, Settings, complain, out, sample_data, tell, tell_some, with_options
 from .cli_report import report
 from .data.annotations import SPLITS
 from .data.clips import read_rows
@@ -179,15 +179,15 @@ def main() -> None:
     try:
         app()
     except KarmmaError as error:
-        tell(f"{type(error).__name__}: {error}")
+        complain(error)
         sys.exit(1)
     except storage_errors() as error:  # a disk or a store that gave up half way
-        tell(f"{type(error).__name__}: {error}. What was finished is kept; mend that and give the command again.")
+        complain(error, ". What was finished is kept; mend that and give the command again.")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_memory_short(error):
             raise
-        tell(f"MemoryShortError: {memory_short(error, '', 'Close other programs and try again.')}")
+        complain(memory_short(error, "", "Close other programs and try again."))
         sys.exit(1)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:

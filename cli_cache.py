@@ -18,6 +18,7 @@ from .data.publish import remove
 
 cache_app = typer.Typer(help="Look at, verify, merge, adopt, prune, export and import caches.", no_args_is_help=True)
 
+TOLERANCE = 1e-3  # of logits: float32 sums in other batches differ by some 1e-6
 Json = Annotated[bool, typer.Option("--json", help="print one JSON value instead of a table")]
 
 
@@ -52,10 +53,14 @@ def print_stores(stores: list[StoreInfo], title: str) -> None:
 
 
 @cache_app.command("verify")
-@with_options("data.cache", needs_clips=False)
+@with_options("data.cache", "data.runs", needs_clips=False)
 def verify(
     *,
     settings: Settings,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="compute a sample of every teacher's logits again, from its tokens")
+    ] = False,
+    sample: Annotated[int, typer.Option(min=1, help="clips of each view to compute again")] = 64,
     drop: Annotated[bool, typer.Option("--drop", help="forget damaged shards: extract makes them again")] = False,
 ) -> None:
     """Read every byte and compare checksums; names damaged files and their clips, and then exits with 4."""
@@ -70,6 +75,8 @@ def verify(
         out.print(str(found), soft_wrap=True, markup=False, highlight=False)
     if not damage:
         tell(f"{cache.path}: {n_shards} shards and all logits are sound.")
+        if logits and not _agree(cache, settings.data.runs, sample):
+            raise typer.Exit(DAMAGED)
         return
     if drop:
         shards, logits = {found.shard for found in damage} - {None}, {found.logits for found in damage} - {None}
@@ -84,6 +91,23 @@ def verify(
     else:
         tell(f"{len(damage)} damaged. Forget them with karmma cache verify --drop, then run karmma extract.")
     raise typer.Exit(DAMAGED)
+
+
+def _agree(cache: Cache, runs: Path, sample: int) -> bool:
+    """Compute logits again and say how far they are off; False if that is more than rounding."""
+    from .fuse.logits import recompute
+
+    agree = True
+    for found in recompute(cache, runs, sample):
+        if found.reason:
+            tell(f"{found.teacher}: not computed again: {found.reason}.")
+            continue
+        is_near = found.error <= TOLERANCE
+        agree &= is_near
+        said = "" if is_near else f" More than {TOLERANCE}: run karmma train-teacher again."
+        text = f"{found.teacher}: {found.n_clips} clips computed again, largest difference {found.error:.1e}.{said}"
+        out.print(text, soft_wrap=True, markup=False, highlight=False)
+    return agree
 
 
 @cache_app.command("merge")

@@ -11,7 +11,7 @@ from rich.console import Console
 from .data.annotations import ClipTable
 from .data.clips import read_clips
 from .data.config import DataConfig, StageConfig
-from .data.progress import watched
+from .data.progress import IS_SILENT, watched
 from .data.sample import write_sample
 from .data.settings import assigned, read_preset, read_toml, resolve, rooted
 from .distill.config import StudentConfig
@@ -26,12 +26,18 @@ SECTIONS: dict[str, type[StageConfig]] = {
 }
 SAMPLE = Path("karmma-sample")
 SOME_FAILED, DAMAGED, INTERRUPTED = 3, 4, 130
-out, err = Console(), Console(stderr=True, highlight=False, emoji=False)
+out, err = Console(quiet=IS_SILENT), Console(stderr=True, highlight=False, emoji=False, quiet=IS_SILENT)
 
 
 def tell(text: str) -> None:
     """Say something to the person at the terminal."""
     err.print(text, soft_wrap=True, markup=False)
+
+
+def complain(error: Exception, more: str = "") -> None:
+    """Say what went wrong; unlike `tell`, on every rank."""
+    loud = Console(stderr=True, highlight=False, emoji=False)
+    loud.print(f"{type(error).__name__}: {error}{more}", soft_wrap=True, markup=False)
 
 
 def tell_some(lines: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """What people watch while long work runs: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_EVERY_S = 5.0
+# Of the ranks that torchrun starts, the first speaks for all.
+IS_SILENT = os.environ.get("RANK", "0") != "0"
 
 
 class Task:
@@ -57,6 +60,9 @@ class _Lines(Task):
 @contextmanager
 def watched(name: str, total: int, unit: str) -> Iterator[Task]:
     """Show the progress of a block on stderr: a rich bar on a terminal, a plain line every few seconds otherwise."""
+    if IS_SILENT:
+        yield Task(name, total, unit)
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(name, total, unit)

@@ -86,7 +86,7 @@ class Distillation:
         return out
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[ClipBatch]:
-        """Yield the training batches of an epoch from step `first` on; a dropped modality is neither decoded nor run."""
+        """Yield an epoch's batches from step `first` on; a dropped modality is neither decoded nor run."""
         masks, view = self.masks(epoch), epoch % self.teacher.n_views
         plan = plan_epoch(self.rows["train"], self.config.batch_size, self.config.seed, epoch)[first:]
         return self.stream.batches([(rows, masks[rows]) for rows in plan], view)

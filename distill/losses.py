@@ -15,7 +15,8 @@ def kl_divergence(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], 
 
     student, teacher: head -> [B, N_h] logits. The student's heads count; no gradient reaches the teacher. Equal logits
     give 0. Where several ranks train, clips are counted over all of them, so that the mean of their losses is that of
-    the whole batch.  Raises ConfigError if temperature <= 0, ValueError if a head of the student has no equal in the teacher.
+    the whole batch.
+    Raises ConfigError if temperature <= 0, ValueError if a head of the student has no equal in the teacher.
     Source: KARMMA eq. 4; the factor keeps the gradient's size when the temperature changes (Hinton et al., 2015).
     """
     if not temperature > 0:

@@ -1,7 +1,8 @@
 """Attention with dropout whose masks belong to clips: the same on one rank or several, and never kept in memory."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+CHUNK_BYTES = 8 * 2**20  # of scores that are dealt with at a time
 LEVELS = 2**16  # a probability is kept to 16 bits: four masks out of one draw
 
 
@@ -24,20 +26,26 @@ def layer_seeds(seeds: Sequence[int], layer: int) -> list[int]:
     return [(seed + layer * 0x9E3779B97F4A7C15) % 2**63 for seed in seeds]
 
 
-def kept(seed: int, p: float, scores: Tensor) -> Tensor:
-    """Return which of the scores stay, bool of their shape: each is dropped with probability p."""
-    generator = torch.Generator(scores.device).manual_seed(seed)
-    draws = torch.empty(-(-scores.numel() // 4), dtype=torch.int64, device=scores.device)
-    draws.random_(-(2**63), None, generator=generator)
-    levels = draws.view(torch.int16)[: scores.numel()].view(scores.shape)  # -2^15 .. 2^15 - 1
-    return levels >= round(p * LEVELS) - LEVELS // 2
+def levels(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return what decides whom dropout takes, int16 of this shape, every value equally likely."""
+    n = prod(shape)
+    draws = torch.empty(-(-n // 4), dtype=torch.int64, device=device)
+    draws.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
+    return draws.view(torch.int16)[:n].view(shape)
+
+
+def kept(drawn: Tensor, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return 1 where a weight stays and 0 where it is dropped, with probability p, from its levels."""
+    # Straight into numbers: multiplying by truth values takes ten times as long.
+    numbers = torch.empty(drawn.shape, dtype=dtype, device=drawn.device)
+    return torch.ge(drawn, round(p * LEVELS) - LEVELS // 2, out=numbers)
 
 
 class DroppedAttention(Function):
     """Attention over q, k, v [B, heads, N, d], its weights dropped with probability p, under one seed a clip.
 
-    A clip at a time: scores, weights and mask stay near the cores, and the backward pass makes them a second time.
-    torch would write, keep and read all of them, [B, heads, N, N].
+    A few heads of a clip at a time: scores, weights and mask stay near the cores, and the backward pass makes them a
+    second time. torch would write, keep and read all of them, [B, heads, N, N].
     """
 
     @staticmethod
@@ -46,9 +54,8 @@ class DroppedAttention(Function):
     ) -> Tensor:
         """Return [B, heads, N, d].  mask: [B, 1, 1, N] bool, True = may be attended to; None = all.  p: below 1."""
         out = torch.empty_like(q)
-        for clip, seed in enumerate(seeds):
-            weights, keep = _dropped(q[clip], k[clip], mask, p, clip, seed)
-            out[clip] = (weights.mul_(keep) @ v[clip]).div_(1 - p)
+        for at, weights, keep in _pieces(q, k, mask, p, seeds):
+            out[at] = (weights.mul_(keep) @ v[at]).div_(1 - p)
         ctx.save_for_backward(q, k, v, mask, out)
         ctx.p, ctx.seeds = p, tuple(seeds)
         return out
@@ -60,31 +67,38 @@ class DroppedAttention(Function):
         q, k, v, mask, out = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         dq, dk, dv = (torch.empty_like(each) for each in (q, k, v))
-        for clip, seed in enumerate(ctx.seeds):
-            weights, keep = _dropped(q[clip], k[clip], mask, ctx.p, clip, seed)
-            g = grad[clip] / (1 - ctx.p)
-            mean = (grad[clip] * out[clip]).sum(-1, keepdim=True)  # of a row's gradient under its weights
-            dscores = (g @ v[clip].transpose(-2, -1)).mul_(keep).sub_(mean).mul_(weights)
-            dv[clip] = weights.mul_(keep).transpose(-2, -1) @ g
-            dq[clip] = (dscores @ k[clip]).mul_(scale)
-            dk[clip] = (dscores.transpose(-2, -1) @ q[clip]).mul_(scale)
+        mean = (grad * out).sum(-1, keepdim=True)  # of a row's gradient under its weights
+        grad = grad / (1 - ctx.p)
+        for at, weights, keep in _pieces(q, k, mask, ctx.p, ctx.seeds):
+            dscores = (grad[at] @ v[at].transpose(-2, -1)).mul_(keep).sub_(mean[at]).mul_(weights)
+            dv[at] = weights.mul_(keep).transpose(-2, -1) @ grad[at]
+            dq[at] = (dscores @ k[at]).mul_(scale)
+            dk[at] = (dscores.transpose(-2, -1) @ q[at]).mul_(scale)
         return dq, dk, dv, None, None, None
 
 
-def _dropped(q: Tensor, k: Tensor, mask: Tensor | None, p: float, clip: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return one clip's weights [heads, N, N] before dropout, and which of them stay."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if mask is not None:
-        scores.masked_fill_(~mask[clip], -torch.inf)
-    return scores.softmax(-1), kept(seed, p, scores)
+def _pieces(
+    q: Tensor, k: Tensor, mask: Tensor | None, p: float, seeds: Sequence[int]
+) -> Iterator[tuple[tuple[int, slice], Tensor, Tensor]]:
+    """Yield (clip, heads), their weights [n, N, N] before dropout, and 1 where one of these stays, else 0."""
+    _, n_heads, n_tokens, width = q.shape
+    at_once = max(1, CHUNK_BYTES // (n_tokens**2 * q.element_size()))
+    for clip, seed in enumerate(seeds):
+        drawn = levels(seed, (n_heads, n_tokens, n_tokens), q.device)
+        for first in range(0, n_heads, at_once):
+            heads = slice(first, first + at_once)
+            scores = (q[clip, heads] * width**-0.5) @ k[clip, heads].transpose(-2, -1)
+            if mask is not None:
+                scores.masked_fill_(~mask[clip], -torch.inf)
+            yield (clip, heads), scores.softmax(-1), kept(drawn[heads], p, scores.dtype)
 
 
 @torch.compiler.disable  # it would compile anew for every seed
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, seeds: Sequence[int] | None) -> Tensor:
     """Return softmax(q k' / sqrt(d)) v, [B, heads, N, d], with dropout of the weights.
 
-    mask: [B, 1, 1, N] bool, True = may be attended to; None = all.  p: probability of dropping a weight, above 0, at most 1.
-    seeds: one a clip; None draws them from torch's own generator.
+    mask: [B, 1, 1, N] bool, True = may be attended to; None = all.  p: probability of dropping a weight, above 0 and
+    at most 1.  seeds: one a clip; None draws them from torch's own generator.
     """
     if p == 1.0:
         return torch.zeros_like(v)

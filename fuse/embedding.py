@@ -114,7 +114,7 @@ class Embedding(nn.Module):
         return out if here is None else torch.where(here, out, learned)
 
     def _stand_in(self, name: str, present: Tensor, whole: bool) -> Tensor:
-        """Return [B, n, E] for a modality that every clip lacks; n is 0 under ignore, 1 under B.1, else or if whole k."""
+        """Return [B, n, E] for what every clip lacks; n is 0 under ignore, 1 under B.1, otherwise, or if whole, k."""
         weight, learned = self.project[name].weight, self._learned(name)
         n_tokens = self.n_tokens[name] if whole else {"ignore": 0, "B.1": 1}.get(self.missing, self.n_tokens[name])
         if learned is None:

@@ -1,6 +1,7 @@
 """Run the trained teacher over every cached clip and view, and store its logits by (clip, view)."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import numpy as np
 import torch
 
 from ..data.batches import TokenBatch, TokenReader
+from ..data.cache import Cache
 from ..data.modality import ABSENT, PRESENT, UNWRITTEN
-from ..data.stores import LogitStore
-from .model import FusionModel
+from ..data.runs import RunFolder
+from ..data.stores import LogitStore, TokenStore
+from .config import TeacherConfig
+from .model import FusionModel, build_fusion
 
 
 @torch.inference_mode()
@@ -53,3 +57,52 @@ def write_logits(
             for head, values in found.items():
                 logits[head][reader.cache_rows[batch.rows], view] = values.numpy()
     return LogitStore.write(path, logits, state, made_from, attributes)
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What became of a sample of a teacher's logits: how many clips, the largest difference, or why there is none."""
+
+    teacher: str
+    n_clips: int = 0
+    error: float = 0.0
+    reason: str = ""
+
+
+def recompute(cache: Cache, runs: Path, n_clips: int) -> Iterator[Recomputed]:
+    """Compute some logits of every teacher in the cache again, from its tokens, in each view.
+
+    runs: where the teachers' runs are.  n_clips: spread over those that have logits.
+    """
+    for path in sorted((cache.path / "logits").glob("*.zarr")):
+        store = LogitStore.open(path)
+        run = RunFolder(runs / store.attributes["run"])
+        tokens = {m: cache.tokens_path(m, name) for m, name in store.attributes["tokens"].items()}
+        if not tokens or not run.is_finished:
+            said = f"its run {run.path} is not there" if tokens else "it was imported"
+            yield Recomputed(path.stem, reason=said)
+            continue
+        stores = {modality: TokenStore.open(place) for modality, place in tokens.items()}
+        reader, model = TokenReader(stores, np.arange(cache.n_clips)), load_teacher(run, stores)
+        checked, error = 0, 0.0
+        for view in range(store.n_views):
+            (there,) = np.nonzero(store.has(np.arange(store.n_clips), view))
+            rows = there[np.unique(np.linspace(0, len(there) - 1, min(n_clips, len(there))).round().astype(int))]
+            for batch, found in run_teacher(model, reader, rows, view, torch.device("cpu")):
+                wanted = store.read(batch.rows, view)
+                off = [np.abs(values.numpy() - wanted[head]).max() for head, values in found.items()]
+                checked, error = checked + len(batch.rows), max(error, *map(float, off))
+        yield Recomputed(path.stem, checked, error)
+
+
+def load_teacher(run: RunFolder, stores: dict[str, TokenStore]) -> FusionModel:
+    """Return the best fusion model of a finished run, in evaluation mode; stores: those that it was trained on."""
+    described = run.config
+    model = build_fusion(
+        {modality: store.width for modality, store in stores.items()},
+        {modality: store.k for modality, store in stores.items()},
+        {head: len(names) for head, names in described["classes"].items()},
+        TeacherConfig.model_validate(described["settings"]),
+    )
+    model.load_state_dict(run.load_checkpoint("best"))
+    return model.eval()

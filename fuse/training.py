@@ -1,6 +1,5 @@
 """The training loop that teacher and student share: steps, learning rate, logs, checkpoints, validation, resumption."""
 
-import hashlib
 import logging
 import math
 import time
@@ -17,6 +16,7 @@ from ..data.device import choose_device
 from ..data.errors import RunError, TableError
 from ..data.progress import Task, watched
 from ..data.runs import RunFolder
+from .attention import clip_seeds
 from .config import TrainingConfig
 from .ranks import average_gradients, is_first, n_ranks, summed, wait
 from .schedule import learning_rate, parameter_groups
@@ -91,7 +91,7 @@ class Training:
         step = now.epoch * self.course.steps_per_epoch + now.at
         self.model.train()
         # Whatever draws from torch's own generator depends on the step and not on what was drawn before.
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{self.config.seed} {step}".encode(), digest_size=8).digest()))
+        torch.manual_seed(clip_seeds(self.config.seed, step, [""])[0])
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         parts = self.course.losses(batch, step)

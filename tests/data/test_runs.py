@@ -71,7 +71,7 @@ def test_interrupted_run_is_only_gone_on_with_if_that_is_asked_for(tmp_path):
     run.start({})
     run.require_free(resume=False)  # nothing was saved: nothing can be lost
     run.save_state(*stepped(1), {"epoch": 4})
-    with pytest.raises(RunError, match="this run was interrupted in epoch 4. Go on with --resume"):
+    with pytest.raises(RunError, match=r"this run was interrupted in epoch 4\. Go on with --resume"):
         run.require_free(resume=False)
     run.require_free(resume=True)
     run.finish({})

@@ -8,7 +8,7 @@ from karmma.data.cache import Cache
 from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig, digest
 from karmma.data.identity import token_identity
-from karmma.data.modality import ABSENT, FAILED, PRESENT
+from karmma.data.modality import ABSENT, FAILED, PRESENT, STATE_NAMES
 from karmma.data.stores import TokenStore
 
 N_CLIPS = 24
@@ -50,7 +50,7 @@ class MadeCache:
             receipt = {
                 "first_row": 0,
                 "rows": self.cache.row_digests().tolist(),
-                "counts": {},
+                "counts": {name: int((state == code).sum()) for code, name in STATE_NAMES.items()},
                 "failures": failed,
                 "bytes": len(data),
                 "sha256": hashlib.sha256(data).hexdigest(),

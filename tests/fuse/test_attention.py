@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from karmma.fuse.attention import DroppedAttention, attend, clip_seeds, kept, layer_seeds
+from karmma.fuse import attention
+from karmma.fuse.attention import DroppedAttention, attend, clip_seeds, kept, layer_seeds, levels
 from karmma.fuse.block import FusionBlock, FusionShape
 from karmma.fuse.embedding import Embedded
 
@@ -25,7 +26,7 @@ def plain(q, k, v, mask, p, seeds):
     """The formula, one clip and one head after the other, with the mask of each clip written out."""
     out = torch.empty_like(v)
     for clip, seed in enumerate(seeds):
-        keep = kept(seed, p, q.new_empty(q.shape[1], q.shape[2], q.shape[2]))
+        keep = kept(levels(seed, (q.shape[1], q.shape[2], q.shape[2]), q.device), p)
         for head in range(q.shape[1]):
             scores = q[clip, head] @ k[clip, head].T / q.shape[-1] ** 0.5
             if mask is not None:
@@ -37,7 +38,9 @@ def plain(q, k, v, mask, p, seeds):
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
 @pytest.mark.parametrize("p", [0.3, 0.9])
-def test_dropped_attention_values_and_gradients_match_the_plain_formula(mask, p):
+@pytest.mark.parametrize("chunk_bytes", [1, 10**9], ids=["a head at a time", "all heads at once"])
+def test_dropped_attention_values_and_gradients_match_the_plain_formula(monkeypatch, mask, p, chunk_bytes):
+    monkeypatch.setattr(attention, "CHUNK_BYTES", chunk_bytes)
     results = []
     for way in (DroppedAttention.apply, plain):
         packed, (q, k, v) = inputs()
@@ -62,8 +65,9 @@ def test_a_clip_is_dropped_alike_whoever_is_beside_it():
 
 def test_the_share_that_is_dropped_is_p_in_every_quarter_of_a_draw():
     for p in (0.1, 0.3, 0.5):
-        keep = kept(5, p, torch.empty(4, 300, 300))
-        shares = 1 - keep.flatten().view(-1, 4).double().mean(0)  # four masks come out of one draw of 64 bits
+        keep = kept(levels(5, (4, 300, 300), torch.device("cpu")), p)
+        assert set(keep.unique().tolist()) == {0.0, 1.0}
+        shares = 1 - keep.flatten().view(-1, 4).double().mean(0)  # four of them come out of one draw of 64 bits
         assert (shares - p).abs().max() < 0.01  # six deviations of 90,000 draws
         assert 0.2 < (keep[0] == keep[1]).double().mean() < 0.95
 

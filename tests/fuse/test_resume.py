@@ -1,0 +1,124 @@
+"""A training that was killed and goes on, and one on two ranks, against the one that was left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from karmma.data.errors import RunError
+from karmma.data.runs import RunFolder
+from karmma.fuse.config import TeacherConfig
+from karmma.fuse.stage import train_teacher
+
+SETTINGS = {
+    "embed_dim": 16, "ffn_dim": 16, "n_layers": 2, "n_attention_heads": 2, "attention_dropout": 0.3, "epochs": 6,
+    "warmup_epochs": 2, "batch_size": 5, "max_lr": 1e-2, "threads": 1, "modality_dropout": 0.4, "device": "cpu",
+}  # fmt: skip
+CONFIG = TeacherConfig(**SETTINGS)
+
+
+def command(made, runs, *options):
+    """Return the command that trains on the made-up cache, as a user gives it."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in SETTINGS.items()]
+    settings = made.data.cache.parent / "karmma.toml"
+    settings.write_text("[data]\ntable = 'clips.csv'\nmodalities = ['video', 'audio']\n[teacher]\n" + "\n".join(lines))
+    karmma = [str(Path(sys.executable).with_name("karmma"))]
+    places = ("--cache", str(made.data.cache), "--runs", str(runs))
+    return [*karmma, "train-teacher", "--config", str(settings), *places, *options]
+
+
+def left(run):
+    """Return what a finished run has left that must not differ: weights, and records but for their times."""
+    weights = {name: (run / f"{name}.safetensors").read_bytes() for name in ("best", "last")}
+    records = RunFolder.open(run).metrics()
+    for record in records:
+        del record["clips_per_s"], record["waiting_share"]
+    return weights, records
+
+
+@pytest.mark.parametrize("n_saves", [2, 9])  # in the first epoch of four steps, and in the third
+def test_run_killed_in_mid_epoch_and_resumed_ends_in_the_same_bytes(made, tmp_path, n_saves):
+    plain = train_teacher(made.table, made.data, CONFIG)
+    runs = tmp_path / "elsewhere"
+    asked = command(made, runs, "--save-minutes", "0")
+    state = runs / plain.run.name / "state.safetensors"
+    running = subprocess.Popen(asked, stderr=subprocess.DEVNULL, env=slowed(tmp_path))
+    seen, give_up = set(), time.monotonic() + 60
+    while len(seen) < n_saves:
+        assert time.monotonic() < give_up
+        assert running.poll() is None
+        if state.exists():
+            seen.add(state.stat().st_mtime_ns)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    assert not RunFolder(state.parent).is_finished
+    refused = subprocess.run(asked, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "this run was interrupted in epoch" in refused.stderr
+    assert "--resume" in refused.stderr
+    done = subprocess.run([*asked, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert left(state.parent) == left(plain.run)
+    assert not state.exists()
+
+
+def slowed(folder):
+    """Return an environment in which a step takes a tenth of a second: one has to hit the middle of an epoch."""
+    (folder / "slow").mkdir(exist_ok=True)
+    (folder / "slow" / "sitecustomize.py").write_text(
+        "import sys, time, importlib.abc\n"
+        "class Slow(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'karmma.fuse.teacher':\n"
+        "            from karmma.fuse import training\n"
+        "            step = training.Training.step\n"
+        "            training.Training.step = lambda self, batch: (time.sleep(0.1), step(self, batch))[1]\n"
+        "sys.meta_path.insert(0, Slow())\n"
+    )
+    return os.environ | {"PYTHONPATH": f"{folder / 'slow'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
+def test_resume_without_anything_to_go_on_with_begins(made):
+    report = train_teacher(made.table, made.data, CONFIG.model_copy(update={"resume": True, "epochs": 1}))
+    assert RunFolder.open(report.run).metrics()[0]["epoch"] == 0
+
+
+def test_run_that_was_interrupted_is_never_overwritten_in_silence(made, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("karmma.fuse.training.Training.save_now_and_then", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(made.table, made.data, CONFIG)
+    with monkeypatch.context() as patched:
+        patched.setattr("karmma.fuse.teacher.Teacher.conclude", interrupted)
+        with pytest.raises(TypeError):
+            train_teacher(made.table, made.data, CONFIG)
+    (run,) = made.data.runs.glob("teacher-*")
+    before = (run / "state.safetensors").read_bytes()
+    with pytest.raises(RunError, match="interrupted in epoch 6"):
+        train_teacher(made.table, made.data, CONFIG)
+    assert (run / "state.safetensors").read_bytes() == before
+    assert train_teacher(made.table, made.data, CONFIG.model_copy(update={"resume": True})).result["parameters"] > 0
+
+
+def test_two_ranks_give_the_losses_of_one_dropout_included(made, tmp_path):
+    """Batches of 5 clips do not divide by two, the last of an epoch has a single clip, and a clip lacks its audio."""
+    plain = train_teacher(made.table, made.data, CONFIG)
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    runs = tmp_path / "two"
+    done = subprocess.run([*ranks, *command(made, runs)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (RunFolder.open(folder / plain.run.name) for folder in (made.data.runs, runs))
+    for alone, together in zip(one.metrics(), two.metrics(), strict=True):
+        for name in ("loss", "ce", "info_nce", "lr"):
+            assert together[name] == pytest.approx(alone[name], abs=1e-5)
+        for name, value in alone["val"].items():
+            assert together["val"][name] == pytest.approx(value, abs=1e-5)
+    assert two.result["epoch"] == one.result["epoch"]
+    assert done.stderr.count("Wrote") == 1  # one rank speaks
