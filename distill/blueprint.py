@@ -73,7 +73,7 @@ def teacher_blueprint(
 ) -> Blueprint:
     """Return the teacher that some settings describe."""
     backbones = {modality: getattr(extract, modality) for modality in data.modalities}
-    return Blueprint("teacher", data, backbones, extract.theta, config, n_classes, is_frozen=True)
+    return Blueprint("teacher", data, backbones, config.theta or extract.theta, config, n_classes, is_frozen=True)
 
 
 def student_blueprint(data: DataConfig, config: StudentConfig, n_classes: Mapping[str, int]) -> Blueprint:
@@ -122,4 +122,5 @@ def _taught(run: RunFolder, made_by: dict[str, dict[str, Any]], extract: Extract
                 f"{shown_name(chosen.name)}. Report under the settings that the cache was made with."
             )
         backbones[modality] = chosen.model_copy(update={"clip_token": made.get("clip_token")})
-    return replace(bare, backbones=backbones, theta=next(iter(thetas.values()), None), imported=imported)
+    theta = bare.config.theta or next(iter(thetas.values()), None)
+    return replace(bare, backbones=backbones, theta=theta, imported=imported)

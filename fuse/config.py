@@ -46,4 +46,7 @@ class TeacherConfig(TrainingConfig):
     modality_dropout: float = ours(
         0.0, "probability of dropping a modality of a clip", "none in the paper; its later version has it", ge=0, lt=1
     )
+    theta: int | None = ours(
+        None, "tokens kept per modality in training, of a cache that holds all of them", "else the cache's own", ge=1
+    )
     symmetric: bool = ours(False, "InfoNCE in both directions instead of from video alone", "Eq. 2 has the one")

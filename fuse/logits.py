@@ -1,20 +1,28 @@
 """Run the trained teacher over every cached clip and view, and store its logits by (clip, view)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.batches import TokenBatch, TokenReader
 from ..data.cache import Cache
 from ..data.modality import ABSENT, PRESENT, UNWRITTEN
 from ..data.runs import RunFolder
 from ..data.stores import LogitStore, TokenStore
+from ..data.theta import theta_average
 from .config import TeacherConfig
 from .model import FusionModel, build_fusion
+
+
+def on_device(batch: TokenBatch, model: FusionModel, device: torch.device) -> dict[str, Tensor]:
+    """Return a batch's tokens in float32, averaged to as many as the model takes."""
+    tokens = {modality: values.to(device, non_blocking=True).float() for modality, values in batch.tokens.items()}
+    return {modality: theta_average(values, model.embedding.n_tokens[modality]) for modality, values in tokens.items()}
 
 
 @torch.inference_mode()
@@ -25,8 +33,7 @@ def run_teacher(
     model.eval()
     plan = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     for batch in reader.batches(plan, view):
-        tokens = {modality: values.to(device, non_blocking=True).float() for modality, values in batch.tokens.items()}
-        output = model(tokens, batch.present.to(device))
+        output = model(on_device(batch, model, device), batch.present.to(device))
         yield batch, {head: logits.float().cpu() for head, logits in output.logits.items()}
 
 
@@ -95,14 +102,19 @@ def recompute(cache: Cache, runs: Path, n_clips: int) -> Iterator[Recomputed]:
         yield Recomputed(path.stem, checked, error)
 
 
+def build_teacher(
+    stores: Mapping[str, TokenStore], n_classes: Mapping[str, int], config: TeacherConfig
+) -> FusionModel:
+    """Build the fusion model for the tokens of some stores."""
+    widths = {modality: store.width for modality, store in stores.items()}
+    n_tokens = {modality: min(store.k, config.theta or store.k) for modality, store in stores.items()}
+    return build_fusion(widths, n_tokens, n_classes, config)
+
+
 def load_teacher(run: RunFolder, stores: dict[str, TokenStore]) -> FusionModel:
     """Return the best fusion model of a finished run, in evaluation mode; stores: those that it was trained on."""
     described = run.config
-    model = build_fusion(
-        {modality: store.width for modality, store in stores.items()},
-        {modality: store.k for modality, store in stores.items()},
-        {head: len(names) for head, names in described["classes"].items()},
-        TeacherConfig.model_validate(described["settings"]),
-    )
+    config = TeacherConfig.model_validate(described["settings"])
+    model = build_teacher(stores, {head: len(names) for head, names in described["classes"].items()}, config)
     model.load_state_dict(run.load_checkpoint("best"))
     return model.eval()

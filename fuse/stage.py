@@ -11,7 +11,7 @@ from typing import Any
 from ..data.annotations import ClipTable
 from ..data.cache import Cache
 from ..data.config import PLACES, DataConfig, digest
-from ..data.errors import TableError
+from ..data.errors import StaleCacheError, TableError
 from ..data.runs import RunFolder
 from ..data.selection import Selection, select_stores
 from ..data.stores import TokenStore
@@ -47,6 +47,7 @@ def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> 
         cache.require_usable(modality, name, table.clip_ids, config.allow_failures)
     for modality, reason in selection.left_out.items():
         logger.warning("Left out %s: %s", modality, reason)
+    require_theta(cache, selection, config)
     described = describe_run(cache, table, data, config, selection)
     run = RunFolder(data.runs / f"teacher-{digest(described)[:8]}")
     was_there = run.is_finished and cache.logits_path(run.result["teacher"]).exists()
@@ -82,6 +83,18 @@ def require_labels(table: ClipTable, heads: tuple[str, ...]) -> None:
                     f"{table.path}: no clip of split {split!r} has a label in column {head!r}. "
                     "Training needs labelled clips in 'train' and 'val'."
                 )
+
+
+def require_theta(cache: Cache, selection: Selection, config: TeacherConfig) -> None:
+    """Raise StaleCacheError if config.theta would average tokens that were averaged already."""
+    for modality, name in selection.names.items():
+        cached, k = cache.identities(modality)[name]["theta"], selection.stores[modality].k
+        if config.theta is not None and cached is not None and config.theta < k == cached:
+            raise StaleCacheError(
+                f"{selection.stores[modality].path}: {modality} was extracted with theta {cached}, this run asks for "
+                f"theta {config.theta}: averages of averages are not the averages of all tokens. "
+                "Extract with --theta none."
+            )
 
 
 def describe_run(

@@ -18,10 +18,9 @@ from ..data.selection import Selection
 from .attention import clip_seeds
 from .config import TeacherConfig
 from .dropout import seeded_dropout
-from .logits import run_teacher, write_logits
+from .logits import build_teacher, on_device, run_teacher, write_logits
 from .losses import cross_entropy, info_nce
 from .metrics import accuracy
-from .model import build_fusion
 from .ranks import is_first, over_ranks, own_part, wait
 from .training import Training, begin, fit, usable_rows
 
@@ -46,13 +45,8 @@ class Teacher:
         present = self.reader.present(np.arange(table.n_clips), 0)
         self.rows = usable_rows(table, data.heads, present)
         self.steps_per_epoch = -(-len(self.rows["train"]) // config.batch_size)
-        stores = selection.stores
-        self.model = build_fusion(
-            {m: store.width for m, store in stores.items()},
-            {m: store.k for m, store in stores.items()},
-            {head: len(names) for head, names in self.classes.items()},
-            config,
-        ).to(self.device)
+        n_classes = {head: len(names) for head, names in self.classes.items()}
+        self.model = build_teacher(selection.stores, n_classes, config).to(self.device)
         if config.compile:
             self.model.compile()
 
@@ -103,7 +97,7 @@ class Teacher:
 
     def losses(self, batch: TokenBatch, step: int = 0) -> dict[str, Tensor]:
         """Return Eq. 3: alpha CE + beta InfoNCE, and its parts."""
-        tokens = {name: values.to(self.device, non_blocking=True).float() for name, values in batch.tokens.items()}
+        tokens = on_device(batch, self.model, self.device)
         seeds = clip_seeds(self.config.seed, step, self.table.clip_ids[batch.rows].tolist())
         present = batch.present
         if self.config.modality_dropout:

@@ -50,7 +50,7 @@ class MadeCache:
             receipt = {
                 "first_row": 0,
                 "rows": self.cache.row_digests().tolist(),
-                "counts": {name: int((state == code).sum()) for code, name in STATE_NAMES.items()},
+                "counts": {n: int((state == code).sum()) for code, n in STATE_NAMES.items() if (state == code).any()},
                 "failures": failed,
                 "bytes": len(data),
                 "sha256": hashlib.sha256(data).hexdigest(),

@@ -12,6 +12,7 @@ from karmma.data.errors import CacheError, IncompleteCacheError, StaleCacheError
 from karmma.data.modality import FAILED
 from karmma.data.runs import RunFolder
 from karmma.data.stores import LogitStore, TokenStore
+from karmma.data.theta import theta_average
 from karmma.fuse.config import TeacherConfig
 from karmma.fuse.model import build_fusion
 from karmma.fuse.stage import train_teacher
@@ -224,3 +225,27 @@ def test_symmetric_info_nce_is_an_option_that_changes_the_loss(made):
     )
     first = [RunFolder.open(report.run).metrics()[0] for report in (one, both)]
     assert first[0]["info_nce"] != first[1]["info_nce"]
+
+
+def test_theta_averages_tokens_of_a_cache_that_holds_all_of_them(made):
+    """Train on 3 tokens averaged to 2, and on a cache that holds these 2: the same teacher."""
+    whole = made.add("video", 0, theta=None)
+    chosen = TINY.model_copy(update={"tokens": {"video": whole}, "theta": 2})
+    data = made.data.model_copy(update={"modalities": ("video",)})
+    report = train_teacher(made.table, data, chosen)
+    stored = TokenStore.open(made.cache.tokens_path("video", whole)).read(np.arange(24), 0)
+    model = build_fusion({"video": 4}, {"video": 2}, {"verb": 2, "noun": 3}, TINY).eval()
+    model.load_state_dict(RunFolder.open(report.run).load_checkpoint("best"))
+    tokens = theta_average(torch.from_numpy(stored).float(), 2)
+    with torch.inference_mode():
+        expected = model({"video": tokens}, torch.ones(24, 1, dtype=torch.bool)).logits
+    found = LogitStore.open(report.logits).read(np.arange(24), 0)
+    for head in ("verb", "noun"):
+        assert np.allclose(found[head], expected[head].numpy(), atol=1e-5)
+
+
+def test_averages_of_averages_are_refused_with_the_reason(made):
+    with pytest.raises(StaleCacheError, match=r"with theta 3, this run asks for theta 2: averages of averages"):
+        train_teacher(made.table, made.data, TINY.model_copy(update={"theta": 2}))
+    same = train_teacher(made.table, made.data, TINY.model_copy(update={"theta": 3, "epochs": 1}))
+    assert same.modalities == ("video", "audio")
