@@ -15,6 +15,8 @@ from .data.errors import CacheError, nearest
 from .data.inventory import StoreInfo, prune, take_inventory, unused
 from .data.progress import watched
 from .data.publish import remove
+from .data.verify import Damage, count_shards
+from .data.verify import verify as find_damage
 
 cache_app = typer.Typer(help="Look at, verify, merge, adopt, prune, export and import caches.", no_args_is_help=True)
 
@@ -64,9 +66,6 @@ def verify(
     drop: Annotated[bool, typer.Option("--drop", help="forget damaged shards: extract makes them again")] = False,
 ) -> None:
     """Read every byte and compare checksums; names damaged files and their clips, and then exits with 4."""
-    from .data.verify import count_shards
-    from .data.verify import verify as find_damage
-
     cache = Cache.open(settings.data.cache)
     n_shards = count_shards(cache)
     with watched("verify", n_shards, "shards") as progress:
@@ -79,18 +78,23 @@ def verify(
             raise typer.Exit(DAMAGED)
         return
     if drop:
-        shards, logits = {found.shard for found in damage} - {None}, {found.logits for found in damage} - {None}
-        for shard in shards:
-            cache.drop_receipt(*shard)
-        for teacher in logits:
-            remove(cache.logits_path(teacher))
-        if shards:
-            tell(f"{len(shards)} damaged shards count as not there now. Next: karmma extract")
-        if logits:
-            tell(f"Removed logits of {', '.join(sorted(logits))}. Next: karmma train-teacher, or import them again")
+        _forget(cache, damage)
     else:
         tell(f"{len(damage)} damaged. Forget them with karmma cache verify --drop, then run karmma extract.")
     raise typer.Exit(DAMAGED)
+
+
+def _forget(cache: Cache, damage: list[Damage]) -> None:
+    """Take what is damaged for not there, and say how it is made again."""
+    shards, teachers = {found.shard for found in damage} - {None}, {found.logits for found in damage} - {None}
+    for shard in shards:
+        cache.drop_receipt(*shard)
+    for teacher in teachers:
+        remove(cache.logits_path(teacher))
+    if shards:
+        tell(f"{len(shards)} damaged shards count as not there now. Next: karmma extract")
+    if teachers:
+        tell(f"Removed logits of {', '.join(sorted(teachers))}. Next: karmma train-teacher, or import them again")
 
 
 def _agree(cache: Cache, runs: Path, sample: int) -> bool:

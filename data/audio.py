@@ -50,9 +50,7 @@ class Sound(Protocol):
         """Yield (time, frame), the first at or before `from_s` wherever there is one."""
 
 
-def read_audio(
-    sound: Sound, times: np.ndarray, span: tuple[float, float], view: View, data: DataConfig
-) -> np.ndarray:
+def read_audio(sound: Sound, times: np.ndarray, span: tuple[float, float], view: View, data: DataConfig) -> np.ndarray:
     """Return the log-mel spectrogram around each time, float32 [T, mels, steps], log10 of power.
 
     times, span (start and stop of the clip): seconds on the file's clock.

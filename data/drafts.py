@@ -93,9 +93,7 @@ def open_store(
         return TokenStore.open(path).grown(*shape[:2])
 
 
-def sound_shard(
-    store: TokenStore, view: int, shard: int, receipt: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
+def sound_shard(store: TokenStore, view: int, shard: int, receipt: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens [S, k, D] and state [S] of a shard whose bytes are those of its receipt; else raise CacheError."""
     data, state = store.read_shard(shard, view)
     for found, wanted in ((data, receipt["sha256"]), (state, receipt["state_sha256"])):

@@ -70,9 +70,7 @@ def describe_run(table: ClipTable, data: DataConfig, config: StudentConfig, teac
     }
 
 
-def evaluate_student(
-    run: RunFolder, table: ClipTable, split: str, device: str
-) -> tuple[Evaluation, list[Path], bool]:
+def evaluate_student(run: RunFolder, table: ClipTable, split: str, device: str) -> tuple[Evaluation, list[Path], bool]:
     """Evaluate a finished run on a split; return what was found, its files, and whether it was there already.
 
     What was written for exactly this run and these clips is read, not done again.  Raises RunError if the run is not

@@ -101,9 +101,7 @@ def _require_same(store: LogitStore, table: ClipTable, data: DataConfig) -> None
         )
 
 
-def known_present(
-    cache: Cache | None, table: ClipTable, data: DataConfig, config: StudentConfig
-) -> np.ndarray | None:
+def known_present(cache: Cache | None, table: ClipTable, data: DataConfig, config: StudentConfig) -> np.ndarray | None:
     """Return which of the student's modalities each clip has, present [N, M] bool; None unless the cache knows it.
 
     Raises IncompleteCacheError if more clips failed at extraction than config.allow_failures.

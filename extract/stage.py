@@ -112,9 +112,7 @@ def _is_ours(task: ShardTask, part: str) -> bool:
     return (task.shard + task.view) % n == i - 1
 
 
-def _make(
-    cache: Cache, table: ClipTable, tasks: dict[ShardTask, int], data: DataConfig, config: ExtractConfig
-) -> int:
+def _make(cache: Cache, table: ClipTable, tasks: dict[ShardTask, int], data: DataConfig, config: ExtractConfig) -> int:
     """Have all tasks made, here or on a cluster; what other processes are making is waited for.
 
     Returns the number of (clip, view, modality) that were not made by them.

@@ -17,6 +17,7 @@ from ..data.stores import LogitStore, TokenStore
 from ..data.theta import theta_average
 from .config import TeacherConfig
 from .model import FusionModel, build_fusion
+from .ranks import is_first, over_ranks, own_part
 
 
 def on_device(batch: TokenBatch, model: FusionModel, device: torch.device) -> dict[str, Tensor]:
@@ -37,6 +38,16 @@ def run_teacher(
         yield batch, {head: logits.float().cpu() for head, logits in output.logits.items()}
 
 
+def shared_logits(
+    model: FusionModel, reader: TokenReader, rows: np.ndarray, view: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Return logits head -> [n, N_h] of table rows, on the CPU; every rank computes its part and gets them all."""
+    found = [logits for _, logits in run_teacher(model, reader, own_part(rows), view, device)]
+    own = {head: [logits[head] for logits in found] for head in model.heads}
+    none = {head: torch.empty(0, model.mlp.classify[f"to_{head}"].out_features) for head in own}
+    return {head: over_ranks(torch.cat([none[head], *parts]).to(device)).cpu() for head, parts in own.items()}
+
+
 def write_logits(
     model: FusionModel,
     reader: TokenReader,
@@ -46,8 +57,8 @@ def write_logits(
     made_from: np.ndarray,
     n_views: int,
     device: torch.device,
-) -> LogitStore:
-    """Fill the logit store of a teacher for every clip of the table.
+) -> None:
+    """Fill the logit store of a teacher for every clip of the table; each rank computes a part, the first one writes.
 
     made_from: [rows of the cache] digest of each clip's sources and times, '' for clips that are not in the table.
     A clip in which every modality is missing is `absent` there: no logits.
@@ -60,10 +71,10 @@ def write_logits(
         rows = every[reader.written(every, view)]
         usable = reader.present(rows, view).any(axis=1)
         state[reader.cache_rows[rows], view] = np.where(usable, PRESENT, ABSENT)
-        for batch, found in run_teacher(model, reader, rows[usable], view, device):
-            for head, values in found.items():
-                logits[head][reader.cache_rows[batch.rows], view] = values.numpy()
-    return LogitStore.write(path, logits, state, made_from, attributes)
+        for head, values in shared_logits(model, reader, rows[usable], view, device).items():
+            logits[head][reader.cache_rows[rows[usable]], view] = values.numpy()
+    if is_first():
+        LogitStore.write(path, logits, state, made_from, attributes)
 
 
 @dataclass(frozen=True)
@@ -102,9 +113,7 @@ def recompute(cache: Cache, runs: Path, n_clips: int) -> Iterator[Recomputed]:
         yield Recomputed(path.stem, checked, error)
 
 
-def build_teacher(
-    stores: Mapping[str, TokenStore], n_classes: Mapping[str, int], config: TeacherConfig
-) -> FusionModel:
+def build_teacher(stores: Mapping[str, TokenStore], n_classes: Mapping[str, int], config: TeacherConfig) -> FusionModel:
     """Build the fusion model for the tokens of some stores."""
     widths = {modality: store.width for modality, store in stores.items()}
     n_tokens = {modality: min(store.k, config.theta or store.k) for modality, store in stores.items()}

@@ -18,10 +18,10 @@ from ..data.selection import Selection
 from .attention import clip_seeds
 from .config import TeacherConfig
 from .dropout import seeded_dropout
-from .logits import build_teacher, on_device, run_teacher, write_logits
+from .logits import build_teacher, on_device, shared_logits, write_logits
 from .losses import cross_entropy, info_nce
 from .metrics import accuracy
-from .ranks import is_first, over_ranks, own_part, wait
+from .ranks import is_first, own_part, wait
 from .training import Training, begin, fit, usable_rows
 
 
@@ -58,9 +58,10 @@ class Teacher:
 
     def conclude(self, training: Training, described: dict[str, Any]) -> None:
         """Write what a training that is over leaves behind."""
+        best = training.finish()
+        wait()  # for the first rank's checkpoints
+        teacher = self.speak(training.run, described)
         if is_first():
-            best = training.finish()
-            teacher = self.speak(training.run, described)
             parameters = sum(p.numel() for p in self.model.parameters())
             result = {"teacher": teacher, "epoch": best["epoch"], "val": best["val"], "parameters": parameters}
             training.run.finish(result)
@@ -113,9 +114,6 @@ class Teacher:
     def validate(self) -> dict[str, float]:
         """Return accuracy by head and action, and cross-entropy, of the clean view of the validation clips."""
         rows = self.rows["val"]
-        found = [logits for _, logits in run_teacher(self.model, self.reader, own_part(rows), 0, self.device)]
-        parts = {head: [logits[head] for logits in found] for head in self.classes}
-        empty = {head: torch.empty(0, len(names)) for head, names in self.classes.items()}
-        logits = {head: over_ranks(torch.cat([empty[head], *parts[head]]).to(self.device)).cpu() for head in parts}
+        logits = shared_logits(self.model, self.reader, rows, 0, self.device)
         labels = {head: values[rows] for head, values in self.labels.items()}
         return {**accuracy(logits, labels), "loss": cross_entropy(logits, labels).item()}

@@ -54,9 +54,7 @@ def test_log_mel_equals_a_slow_transform():
     fast = log_mel(samples, np.array([center]), data)[0]
     window = [0.5 - 0.5 * math.cos(2 * math.pi * n / 256) for n in range(256)]
     part = [samples[center - 128 + n] * window[n] for n in range(256)]
-    power = [
-        abs(sum(x * cmath.exp(-2j * math.pi * k * n / 256) for n, x in enumerate(part))) ** 2 for k in range(129)
-    ]
+    power = [abs(sum(x * cmath.exp(-2j * math.pi * k * n / 256) for n, x in enumerate(part))) ** 2 for k in range(129)]
     sums = [sum(f * p for f, p in zip(row, power, strict=True)) for row in mel_filters(RATE, 256, 24)]
     slow = [math.log10(max(total, 1e-10)) for total in sums]
     assert fast == pytest.approx(slow, abs=1e-4)

@@ -53,8 +53,10 @@ def differs(path, row):
             return "" if not times else "cover picture taken for video"
         if len(times) != int(row["n_video_frames"] or 0):
             return f"{len(times)} frames"
-        if times and row["first_pts_s"] and not np.allclose(
-            [times[0], times[-1]], [float(row["first_pts_s"]), float(row["last_pts_s"])], atol=2e-3
+        if (
+            times
+            and row["first_pts_s"]
+            and not np.allclose([times[0], times[-1]], [float(row["first_pts_s"]), float(row["last_pts_s"])], atol=2e-3)
         ):
             return f"frames from {times[0]} to {times[-1]}"
         if row["readable"] == "yes" and times and first.picture.rotation != int(row["rotation"] or 0):
