@@ -1,11 +1,11 @@
 """The student's training: raw clips beside cached teacher logits, Eq. 5 with modality dropout."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.annotations import ClipTable
 from ..data.batches import plan_epoch
@@ -13,9 +13,10 @@ from ..data.config import DataConfig
 from ..data.device import arithmetic
 from ..data.progress import watched
 from ..data.runs import RunFolder
+from ..fuse.loop import fit
 from ..fuse.losses import cross_entropy
 from ..fuse.metrics import accuracy
-from ..fuse.training import begin, fit, prepare, usable_rows
+from ..fuse.training import begin, prepare, usable_rows
 from .config import StudentConfig
 from .dropout import modality_dropout
 from .evaluate import subset_logits
@@ -105,10 +106,13 @@ class Distillation:
         kl = kl_divergence(output.logits, targets, self.config.temperature)
         return {"loss": self.config.gamma * ce + self.config.kl_lambda * kl, "ce": ce, "kl": kl}
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, models: Sequence[nn.Module]) -> list[dict[str, float]]:
         """Return accuracy by head and action, and cross-entropy, of the clean validation clips, all modalities in."""
+        return [self._validated(model) for model in models]
+
+    def _validated(self, model: nn.Module) -> dict[str, float]:
         every = self.student.modalities
-        found = subset_logits(self.student, self.stream, self.rows["val"], [every], self.device)
+        found = subset_logits(model, self.stream, self.rows["val"], [every], self.device)
         labels = {head: values[found.rows] for head, values in self.labels.items()}
         logits = found.logits[every]
         return {**accuracy(logits, labels), "loss": cross_entropy(logits, labels).item()}

@@ -1,6 +1,6 @@
 """Run the trained teacher over every cached clip and view, and store its logits by (clip, view)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,33 +19,49 @@ from .config import TeacherConfig
 from .model import FusionModel, build_fusion
 from .ranks import is_first, over_ranks, own_part
 
+BATCH_SIZE = 64  # clips at a time where nothing is learned
 
-def on_device(batch: TokenBatch, model: FusionModel, device: torch.device) -> dict[str, Tensor]:
+
+def on_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
+    """Return the batch with its tokens on the device, as they are in the cache."""
+    tokens = {modality: values.to(device, non_blocking=True) for modality, values in batch.tokens.items()}
+    return TokenBatch(batch.rows, tokens, batch.present.to(device))
+
+
+def averaged(batch: TokenBatch, model: FusionModel) -> dict[str, Tensor]:
     """Return a batch's tokens in float32, averaged to as many as the model takes."""
-    tokens = {modality: values.to(device, non_blocking=True).float() for modality, values in batch.tokens.items()}
-    return {modality: theta_average(values, model.embedding.n_tokens[modality]) for modality, values in tokens.items()}
+    n_tokens = model.embedding.n_tokens
+    return {modality: theta_average(values.float(), n_tokens[modality]) for modality, values in batch.tokens.items()}
 
 
 @torch.inference_mode()
-def run_teacher(
-    model: FusionModel, reader: TokenReader, rows: np.ndarray, view: int, device: torch.device, batch_size: int = 64
-) -> Iterator[tuple[TokenBatch, dict[str, torch.Tensor]]]:
-    """Yield (batch, logits by head on the CPU) over table rows; clips without any modality must not be among them."""
-    model.eval()
-    plan = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+def run_teachers(
+    models: Sequence[FusionModel], reader: TokenReader, rows: np.ndarray, view: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, list[dict[str, Tensor]]]]:
+    """Yield (rows [B], logits by head on the CPU, of each model), each batch of table rows read once.
+
+    Clips without any modality must not be among the rows.
+    """
+    plan = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+    for model in models:
+        model.eval()
     for batch in reader.batches(plan, view):
-        output = model(on_device(batch, model, device), batch.present.to(device))
-        yield batch, {head: logits.float().cpu() for head, logits in output.logits.items()}
+        there = on_device(batch, device)
+        outputs = [model(averaged(there, model), there.present) for model in models]
+        yield batch.rows, [{head: logits.float().cpu() for head, logits in out.logits.items()} for out in outputs]
 
 
 def shared_logits(
-    model: FusionModel, reader: TokenReader, rows: np.ndarray, view: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Return logits head -> [n, N_h] of table rows, on the CPU; every rank computes its part and gets them all."""
-    found = [logits for _, logits in run_teacher(model, reader, own_part(rows), view, device)]
-    own = {head: [logits[head] for logits in found] for head in model.heads}
-    none = {head: torch.empty(0, model.mlp.classify[f"to_{head}"].out_features) for head in own}
-    return {head: over_ranks(torch.cat([none[head], *parts]).to(device)).cpu() for head, parts in own.items()}
+    models: Sequence[FusionModel], reader: TokenReader, rows: np.ndarray, view: int, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Return each model's logits head -> [n, N_h] of table rows, on the CPU; every rank computes a part of them."""
+    found = [logits for _, logits in run_teachers(models, reader, own_part(rows), view, device)]
+    out = []
+    for at, model in enumerate(models):
+        none = {head: torch.empty(0, model.mlp.classify[f"to_{head}"].out_features) for head in model.heads}
+        own = {head: torch.cat([none[head], *(logits[at][head] for logits in found)]) for head in model.heads}
+        out.append({head: over_ranks(part.to(device)).cpu() for head, part in own.items()})
+    return out
 
 
 def write_logits(
@@ -71,7 +87,8 @@ def write_logits(
         rows = every[reader.written(every, view)]
         usable = reader.present(rows, view).any(axis=1)
         state[reader.cache_rows[rows], view] = np.where(usable, PRESENT, ABSENT)
-        for head, values in shared_logits(model, reader, rows[usable], view, device).items():
+        (found,) = shared_logits([model], reader, rows[usable], view, device)
+        for head, values in found.items():
             logits[head][reader.cache_rows[rows[usable]], view] = values.numpy()
     if is_first():
         LogitStore.write(path, logits, state, made_from, attributes)
@@ -106,10 +123,10 @@ def recompute(cache: Cache, runs: Path, n_clips: int) -> Iterator[Recomputed]:
         for view in range(store.n_views):
             (there,) = np.nonzero(store.has(np.arange(store.n_clips), view))
             rows = there[np.unique(np.linspace(0, len(there) - 1, min(n_clips, len(there))).round().astype(int))]
-            for batch, found in run_teacher(model, reader, rows, view, torch.device("cpu")):
-                wanted = store.read(batch.rows, view)
+            for some, (found,) in run_teachers([model], reader, rows, view, torch.device("cpu")):
+                wanted = store.read(some, view)
                 off = [np.abs(values.numpy() - wanted[head]).max() for head, values in found.items()]
-                checked, error = checked + len(batch.rows), max(error, *map(float, off))
+                checked, error = checked + len(some), max(error, *map(float, off))
         yield Recomputed(path.stem, checked, error)
 
 

@@ -1,11 +1,11 @@
 """The teacher's training: a course over cached tokens, and the logits it leaves behind."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.annotations import ClipTable
 from ..data.batches import TokenBatch, TokenReader, plan_epoch
@@ -18,11 +18,12 @@ from ..data.selection import Selection
 from .attention import clip_seeds
 from .config import TeacherConfig
 from .dropout import seeded_dropout
-from .logits import build_teacher, on_device, shared_logits, write_logits
+from .logits import averaged, build_teacher, on_device, shared_logits, write_logits
+from .loop import fit
 from .losses import cross_entropy, info_nce
 from .metrics import accuracy
 from .ranks import is_first, own_part, wait
-from .training import Training, begin, fit, usable_rows
+from .training import Training, begin, usable_rows
 
 
 class Teacher:
@@ -94,16 +95,16 @@ class Teacher:
     def batches(self, epoch: int, first: int = 0) -> Iterator[TokenBatch]:
         """Yield the training batches of an epoch from step `first` on, in view epoch mod V."""
         plan = plan_epoch(self.rows["train"], self.config.batch_size, self.config.seed, epoch)[first:]
-        yield from self.reader.batches([own_part(rows) for rows in plan], epoch % self.selection.n_views)
+        for batch in self.reader.batches([own_part(rows) for rows in plan], epoch % self.selection.n_views):
+            yield on_device(batch, self.device)
 
     def losses(self, batch: TokenBatch, step: int = 0) -> dict[str, Tensor]:
         """Return Eq. 3: alpha CE + beta InfoNCE, and its parts."""
-        tokens = on_device(batch, self.model, self.device)
+        tokens = averaged(batch, self.model)
         seeds = clip_seeds(self.config.seed, step, self.table.clip_ids[batch.rows].tolist())
         present = batch.present
         if self.config.modality_dropout:
             present = seeded_dropout(present, self.config.modality_dropout, seeds)
-        present = present.to(self.device)
         with arithmetic(self.config.precision, self.device):
             output = self.model(tokens, present, seeds)
         labels = {head: values[batch.rows].to(self.device) for head, values in self.labels.items()}
@@ -111,9 +112,9 @@ class Teacher:
         aligned = info_nce(output.tokens, self.config.tau, present, self.config.symmetric)
         return {"loss": self.config.alpha * ce + self.config.beta * aligned, "ce": ce, "info_nce": aligned}
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, models: Sequence[nn.Module]) -> list[dict[str, float]]:
         """Return accuracy by head and action, and cross-entropy, of the clean view of the validation clips."""
         rows = self.rows["val"]
-        logits = shared_logits(self.model, self.reader, rows, 0, self.device)
         labels = {head: values[rows] for head, values in self.labels.items()}
-        return {**accuracy(logits, labels), "loss": cross_entropy(logits, labels).item()}
+        found = shared_logits(models, self.reader, rows, 0, self.device)
+        return [{**accuracy(logits, labels), "loss": cross_entropy(logits, labels).item()} for logits in found]

@@ -1,9 +1,9 @@
-"""The training loop that teacher and student share: steps, learning rate, logs, checkpoints, validation, resumption."""
+"""A training, of teacher or student: its steps, learning rate, logs, checkpoints, and how it is taken up again."""
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..data.annotations import ClipTable
 from ..data.device import choose_device
 from ..data.errors import RunError, TableError
-from ..data.progress import Task, watched
 from ..data.runs import RunFolder
 from .attention import clip_seeds
 from .config import TrainingConfig
@@ -39,28 +38,8 @@ class Course(Protocol):
         of the run, for what is drawn at random.
         """
 
-    def validate(self) -> dict[str, float]:
-        """Return accuracies by head and of the action, and 'loss', on the validation split (never on test)."""
-
-
-@dataclass
-class Waiting:
-    """Seconds spent waiting for the next batch, out of all."""
-
-    seconds: float = 0.0
-
-    def over(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Pass batches on and time how long each was waited for."""
-        source = iter(batches)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(source)
-            except StopIteration:
-                return
-            finally:
-                self.seconds += time.perf_counter() - start
-            yield batch
+    def validate(self, models: Sequence[nn.Module]) -> list[dict[str, float]]:
+        """Return each model's accuracies by head and of the action, and 'loss', on the validation split, never test."""
 
 
 @dataclass
@@ -122,13 +101,13 @@ class Training:
             epochs=self.config.epochs,
         )
 
-    def close_epoch(self) -> dict[str, Any]:
-        """Validate, log, keep the weights if they are the best, and begin the next epoch; return the log record."""
+    def close_epoch(self, val: dict[str, float]) -> dict[str, Any]:
+        """Log, keep the weights if validation says they are the best, and begin the next epoch; return the record."""
         now = self.position
         record = {"epoch": now.epoch, **{name: value / now.n_clips for name, value in now.sums.items()}}
         record["lr"] = self.rate((now.epoch + 1) * self.course.steps_per_epoch - 1)
         record["clips_per_s"], record["waiting_share"] = now.n_clips / now.seconds, now.waiting / now.seconds
-        record["val"] = plain(self.course.validate())
+        record["val"] = plain(val)
         best = record if not now.best or score(record["val"]) > score(now.best["val"]) else now.best
         if is_first():
             self.run.log(record)
@@ -185,54 +164,11 @@ def begin(model: nn.Module, course: Course, config: TrainingConfig, run: RunFold
     return training
 
 
-def fit(
-    trainings: Sequence[Training], told: Callable[[Training, dict[str, Any]], bool] = lambda training, record: True
-) -> None:
-    """Train several models on the same batches, each read once, until all are over.
-
-    The trainings share clips, seed, batch size, number of epochs and where they are.  told: called with each epoch's
-    record; False ends that training early.
-    """
-    lead, going = trainings[0], list(trainings)
-    steps = lead.course.steps_per_epoch
-    name, total = lead.run.path.name, (lead.config.epochs - lead.position.epoch) * steps - lead.position.at
-    with watched(name, total, "steps") as shown:
-        while going and not going[0].is_over:
-            _epoch(going, shown)
-            records = [(training, training.close_epoch()) for training in going]
-            _tell(shown, records[0][1])
-            going = [training for training, record in records if told(training, record)]
-
-
-def _epoch(trainings: list[Training], shown: Task) -> None:
-    """Take all steps that are left of an epoch."""
-    lead, waiting = trainings[0], Waiting()
-    last = time.perf_counter()
-    for batch in waiting.over(lead.course.batches(lead.position.epoch, lead.position.at)):
-        for training in trainings:
-            training.step(batch)
-        now, waited = time.perf_counter(), waiting.seconds
-        for training in trainings:
-            training.position.seconds += now - last
-            training.position.waiting += waited
-            training.save_now_and_then()
-        last, waiting.seconds = now, 0.0
-        found = lead.position
-        shown.advance(1, f"epoch {found.epoch}, loss {found.sums['loss'] / found.n_clips:.3f}")
-
-
 def _over_all(parts: dict[str, Tensor], n_clips: int) -> tuple[dict[str, float], int]:
     """Return the loss parts of the whole batch as numbers, and its clips, from those of this rank's part."""
     some = [value.detach().double() for value in parts.values()]
     *sums, n = summed(torch.stack([*some, some[0].new_tensor(n_clips)])).tolist()
     return {name: value / n_ranks() for name, value in zip(parts, sums, strict=True)}, round(n)
-
-
-def _tell(shown: Task, record: dict[str, Any]) -> None:
-    measured = {name: value for name, value in record["val"].items() if name != "loss" and value is not None}
-    accuracies = " ".join(f"{name} {100 * value:.1f}" for name, value in measured.items())
-    shown.advance(0, f"epoch {record['epoch']}, loss {record['loss']:.3f}, val {accuracies}")
-    logger.info("epoch %d: loss %.4f, lr %.2e, val %s", record["epoch"], record["loss"], record["lr"], accuracies)
 
 
 def usable_rows(table: ClipTable, heads: tuple[str, ...], present: np.ndarray) -> dict[str, np.ndarray]:

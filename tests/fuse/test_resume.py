@@ -88,7 +88,7 @@ def test_resume_without_anything_to_go_on_with_begins(made):
 
 
 def test_run_that_was_interrupted_is_never_overwritten_in_silence(made, monkeypatch):
-    def interrupted(self):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -97,7 +97,7 @@ def test_run_that_was_interrupted_is_never_overwritten_in_silence(made, monkeypa
             train_teacher(made.table, made.data, CONFIG)
     with monkeypatch.context() as patched:
         patched.setattr("karmma.fuse.teacher.Teacher.conclude", interrupted)
-        with pytest.raises(TypeError):
+        with pytest.raises(KeyboardInterrupt):
             train_teacher(made.table, made.data, CONFIG)
     (run,) = made.data.runs.glob("teacher-*")
     before = (run / "state.safetensors").read_bytes()

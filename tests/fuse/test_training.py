@@ -5,8 +5,9 @@ import torch
 from karmma.data.errors import RunError
 from karmma.data.runs import RunFolder
 from karmma.fuse.config import TeacherConfig
+from karmma.fuse.loop import Onlooker, Waiting, fit
 from karmma.fuse.schedule import learning_rate
-from karmma.fuse.training import Waiting, begin, fit, score
+from karmma.fuse.training import begin, score
 
 
 class Line:
@@ -26,9 +27,9 @@ class Line:
         loss = ((self.model(batch.x) - 2 * batch.x) ** 2).mean()
         return {"loss": loss * (float("nan") if self.seen == self.poison_at else 1), "mse": loss.detach()}
 
-    def validate(self):
-        loss = (self.model.weight - 2).abs().item()
-        return {"action": 1.0 if loss < 0.5 else 0.0, "loss": loss}
+    def validate(self, models):
+        losses = [(model.weight - 2).abs().item() for model in models]
+        return [{"action": 1.0 if loss < 0.5 else 0.0, "loss": loss} for loss in losses]
 
 
 CONFIG = TeacherConfig(epochs=30, warmup_epochs=3, max_lr=0.3, min_lr=1e-3, weight_decay=0.0)
@@ -68,6 +69,42 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_step(tmp_path):
     assert not RunFolder(tmp_path / "run").is_finished
 
 
+def test_several_on_the_same_batches_read_each_once_and_end_as_they_would_apart(tmp_path):
+    """One of them diverges in its second epoch, one is ended after its first; the others do not notice."""
+    ended = []
+
+    class Ending(Onlooker):
+        def goes_on(self, training, record):
+            return not (training.run.path.name == "c" and record["epoch"] == 0)
+
+        def failed(self, training, error):
+            ended.append((training.run.path.name, str(error)))
+
+    lone, read = {}, []
+    for together in (False, True):
+        trainings = {}
+        for name, rate in (("a", 0.3), ("b", 0.3), ("c", 0.1), ("d", 0.05)):
+            torch.manual_seed(0)
+            model = torch.nn.Linear(1, 1, bias=False)
+            course = Line(model, poison_at=7 if name == "b" else None)
+            course.batches = lambda epoch, first, real=course.batches: (read.append(b) or b for b in real(epoch, first))
+            config = CONFIG.model_copy(update={"max_lr": rate})
+            trainings[name] = begin(model, course, config, RunFolder(tmp_path / str(together) / name), {})
+        if together:
+            n_alone = len(read)
+            fit(list(trainings.values()), Ending())
+            assert n_alone == 4 * 30 + 7 + 4 + 4 * 30
+            assert len(read) - n_alone == 4 * 30
+        else:
+            for training in trainings.values():
+                fit([training], Ending())
+        found = {name: (t.model.weight.item(), t.position.epoch) for name, t in trainings.items()}
+        lone = lone or found
+    assert found == lone
+    assert [epoch for _, epoch in found.values()] == [30, 1, 1, 30]
+    assert [name for name, _ in ended] == ["b", "b"]
+
+
 def test_best_is_the_higher_action_accuracy_then_the_lower_loss():
     assert score({"action": 0.5, "loss": 2.0}) > score({"action": 0.4, "loss": 0.1})
     assert score({"action": 0.5, "loss": 1.0}) > score({"action": 0.5, "loss": 2.0})
@@ -76,7 +113,7 @@ def test_best_is_the_higher_action_accuracy_then_the_lower_loss():
 
 def test_waiting_counts_only_the_time_before_a_batch(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("karmma.fuse.training.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("karmma.fuse.loop.time.perf_counter", lambda: clock[0])
 
     def slow():
         for _ in range(3):
