@@ -17,6 +17,7 @@ from rich.table import Table
 from .cli_cache import cache_app
 from .cli_options import INTERRUPTED, SOME_FAILED, Settings, complain, out, sample_data, tell, tell_some, with_options
 from .cli_report import report
+from .cli_sweep import sweep
 from .data.annotations import SPLITS
 from .data.clips import read_rows
 from .data.errors import KarmmaError, is_memory_short, memory_short
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command("report")(report)
+app.command("sweep")(sweep)
 
 
 @app.command("extract")

@@ -13,16 +13,17 @@ from .data.clips import read_clips
 from .data.config import DataConfig, StageConfig
 from .data.progress import IS_SILENT, watched
 from .data.sample import write_sample
-from .data.settings import assigned, read_preset, read_toml, resolve, rooted
+from .data.settings import assigned, read_preset, read_toml, resolve, rooted, write_toml
 from .distill.config import StudentConfig
 from .extract.config import ExtractConfig
-from .fuse.config import TeacherConfig
+from .fuse.config import SweepConfig, TeacherConfig
 
 SECTIONS: dict[str, type[StageConfig]] = {
     "data": DataConfig,
     "extract": ExtractConfig,
     "teacher": TeacherConfig,
     "student": StudentConfig,
+    "sweep": SweepConfig,
 }
 SAMPLE = Path("karmma-sample")
 SOME_FAILED, DAMAGED, INTERRUPTED = 3, 4, 130
@@ -67,12 +68,18 @@ class Settings:
         self.extract: ExtractConfig = sections["extract"]
         self.teacher: TeacherConfig = sections["teacher"]
         self.student: StudentConfig = sections["student"]
+        self.sweep: SweepConfig = sections["sweep"]
 
     def table(self, heads: tuple[str, ...] = ()) -> ClipTable:
         """Read the clip table with its label columns, those of the data section unless others are named."""
         table = read_clips(self.data, heads)
         tell_some(table.notes)
         return table
+
+    def write(self, path: Path, data: DataConfig, teacher: TeacherConfig) -> None:
+        """Write these settings, but for two sections, as a file for --config."""
+        others = {"extract": self.extract, "student": self.student}
+        write_toml(path, {"data": data, "teacher": teacher, **others})
 
 
 def _sample_settings() -> Path:

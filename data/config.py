@@ -48,6 +48,8 @@ def _address(value: Any) -> Any:
 # Several names: a list in TOML, or one text with commas between.
 Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
 
+# How many tokens are kept; TOML and the command line have no None, so they say "none".
+Theta = Annotated[int | None, BeforeValidator(lambda value: None if value == "none" else value)]
 
 # A folder of this machine, or an address such as s3://bucket/cache, whose slashes a Path would lose.
 Place = Path | str

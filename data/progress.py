@@ -14,6 +14,12 @@ LINE_EVERY_S = 5.0
 IS_SILENT = os.environ.get("RANK", "0") != "0"
 
 
+def silence() -> None:
+    """Show no progress in this process: another one speaks for it."""
+    global IS_SILENT
+    IS_SILENT = True
+
+
 class Task:
     """One piece of long work with a known total; `advance` is all that its worker calls."""
 

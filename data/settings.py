@@ -6,12 +6,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import ValidationError
 
 from .config import PATHS, StageConfig
 from .errors import ConfigError, nearest
 from .modality import MODALITIES
 from .places import is_address
+from .publish import publish
 
 PRESETS = ("tiny", "paper")
 
@@ -82,6 +84,25 @@ def _said(section: str, model: type[StageConfig], layers: tuple[tuple[str, Mappi
     message += "" if message.endswith((".", "?")) else "."
     given = f" = {item['input']!r}" if path else ""
     return f"{where[-1]}: {field}{given}: {message}"
+
+
+def write_toml(path: Path, sections: Mapping[str, StageConfig]) -> None:
+    """Write every field of the sections as a settings file that gives the same again, wherever it is read."""
+    written = {}
+    for section, config in sections.items():
+        values = {name: _toml(value) for name, value in config.model_dump(mode="json").items()}
+        # What is None by default is left out, since TOML has no None; what is not takes the word.
+        defaults = {name: field.default for name, field in type(config).model_fields.items()}
+        written[section] = {
+            name: "none" if value is None else value
+            for name, value in values.items()
+            if value is not None or defaults[name] is not None
+        }
+    publish(path, tomli_w.dumps(rooted(written, Path.cwd())).encode())
+
+
+def _toml(value: Any) -> Any:
+    return {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
 def rooted(written: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from pydantic import field_validator
 
-from ..data.config import Names, ours, paper
+from ..data.config import Names, Theta, ours, paper
 from ..data.modality import in_order
-from ..extract.config import BackboneConfig, Theta, backbone
+from ..extract.config import BackboneConfig, backbone
 from ..fuse.config import Missing, TrainingConfig
 
 

@@ -13,7 +13,7 @@ from ..data.config import PLACES, DataConfig, digest
 from ..data.errors import RunError
 from ..data.identity import input_identity
 from ..data.runs import RunFolder
-from ..fuse.stage import NOT_DECISIVE as SHARED
+from ..fuse.config import NOT_DECISIVE as SHARED
 from ..fuse.stage import require_labels
 from .config import StudentConfig
 from .results import Evaluation

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator
 
-from ..data.config import StageConfig, ours, paper
+from ..data.config import StageConfig, Theta, ours, paper
 
 
 def _fitting(text: str) -> str:
@@ -14,8 +14,6 @@ def _fitting(text: str) -> str:
     return text
 
 
-# TOML and the command line have no None, so they say "none".
-Theta = Annotated[int | None, BeforeValidator(lambda value: None if value == "none" else value)]
 Part = Annotated[str, AfterValidator(_fitting)]
 
 

@@ -2,8 +2,10 @@
 
 from typing import Literal
 
-from ..data.config import StageConfig, ours, paper
+from ..data.config import StageConfig, Theta, ours, paper
 
+# Settings that do not decide what a training ends with.
+NOT_DECISIVE = frozenset({"device", "threads", "resume", "save_minutes"})
 Missing = Literal["ignore", "B.1", "B.2", "B.3", "B.4", "B.5"]
 
 
@@ -46,7 +48,20 @@ class TeacherConfig(TrainingConfig):
     modality_dropout: float = ours(
         0.0, "probability of dropping a modality of a clip", "none in the paper; its later version has it", ge=0, lt=1
     )
-    theta: int | None = ours(
+    theta: Theta = ours(
         None, "tokens kept per modality in training, of a cache that holds all of them", "else the cache's own", ge=1
     )
     symmetric: bool = ours(False, "InfoNCE in both directions instead of from video alone", "Eq. 2 has the one")
+
+
+class SweepConfig(StageConfig):
+    """A sweep: which options of the teacher it varies, how values are chosen, and who works on it."""
+
+    space: dict[str, str] = ours({}, "option -> values a,b,c or range low..high[,log][,step=s]", "nothing to guess")
+    sampler: Literal["tpe", "random", "grid"] = ours("tpe", "how values are chosen", "Optuna's default")
+    trials: int = ours(0, "trials in all; 0: the whole grid, or 20", "a night of small runs", ge=0)
+    pruner: Literal["median", "halving", "none"] = ours(
+        "median", "ends trials early that do worse than others at the same epoch", "Optuna's default"
+    )
+    workers: int = ours(1, "processes on this machine; other machines give the same command", "one GPU", ge=1)
+    together: int = ours(1, "trials that a worker trains on the same batches, each read once", "memory", ge=1)

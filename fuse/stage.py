@@ -15,10 +15,9 @@ from ..data.errors import StaleCacheError, TableError
 from ..data.runs import RunFolder
 from ..data.selection import Selection, select_stores
 from ..data.stores import TokenStore
-from .config import TeacherConfig
+from .config import NOT_DECISIVE, TeacherConfig
 
 logger = logging.getLogger(__name__)
-NOT_DECISIVE = {"device", "threads", "resume", "save_minutes"}
 
 
 @dataclass
@@ -42,12 +41,9 @@ def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> 
     """
     require_labels(table, data.heads)
     cache = Cache.open(data.cache)
-    selection = select_stores(cache, table, data, config.tokens)
-    for modality, name in selection.names.items():
-        cache.require_usable(modality, name, table.clip_ids, config.allow_failures)
+    selection = usable_selection(cache, table, data, config)
     for modality, reason in selection.left_out.items():
         logger.warning("Left out %s: %s", modality, reason)
-    require_theta(cache, selection, config)
     described = describe_run(cache, table, data, config, selection)
     run = RunFolder(data.runs / f"teacher-{digest(described)[:8]}")
     was_there = run.is_finished and cache.logits_path(run.result["teacher"]).exists()
@@ -66,6 +62,15 @@ def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> 
     result = run.result
     logits = cache.logits_path(result["teacher"])
     return TeacherReport(run.path, logits, tuple(selection.stores), result, selection.left_out, was_there)
+
+
+def usable_selection(cache: Cache, table: ClipTable, data: DataConfig, config: TeacherConfig) -> Selection:
+    """Return the stores to train from.  Raises IncompleteCacheError or StaleCacheError if they cannot be used so."""
+    selection = select_stores(cache, table, data, config.tokens)
+    for modality, name in selection.names.items():
+        cache.require_usable(modality, name, table.clip_ids, config.allow_failures)
+    require_theta(cache, selection, config)
+    return selection
 
 
 def require_labels(table: ClipTable, heads: tuple[str, ...]) -> None:

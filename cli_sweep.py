@@ -1,0 +1,51 @@
+"""The command `karmma sweep`: many teachers from one cache, and the settings of the best."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .cli_options import Settings, out, tell, with_options
+from .data.errors import ConfigError
+from .fuse.sweep import sweep_teacher
+
+SHOWN = 10
+
+
+@with_options("data", "teacher", "sweep")
+def sweep(
+    varied: Annotated[
+        list[str],
+        typer.Argument(help="what to vary, such as max_lr=1e-4..1e-2,log alpha=0.5,0.7,0.9 modality=video+audio,video"),
+    ] = [],  # noqa: B006
+    *,
+    settings: Settings,
+) -> None:
+    """Train many teachers from the cache under settings that vary; end with a table, a plot and the best settings."""
+    space = dict(settings.sweep.space)
+    for text in varied:
+        name, equals, values = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text}: expected option=values, such as max_lr=1e-4..1e-2,log.")
+        space[name] = values
+    asked = settings.sweep.model_copy(update={"space": space})
+    report = sweep_teacher(settings.table(), settings.data, settings.teacher, asked)
+    best = report.folder / "best.toml"
+    settings.write(best, *report.settings)
+    fields = list(report.trials[0].params)
+    shown = Table("trial", "state", "val action", "epochs", *fields, title=f"{len(report.trials)} trials")
+    for trial in report.trials[:SHOWN]:
+        value = "-" if trial.value is None else f"{trial.value:.4f}"
+        chosen = [_short(trial.params.get(field, "")) for field in fields]
+        n_epochs = str(len(trial.intermediate_values))
+        shown.add_row(str(trial.number), trial.state.name.lower(), value, n_epochs, *chosen)
+    out.print(shown)
+    failed = [trial for trial in report.trials if "reason" in trial.user_attrs]
+    for trial in failed[:SHOWN]:
+        tell(f"trial {trial.number} failed: {trial.user_attrs['reason']}")
+    tell(f"All trials: {', '.join(str(file) for file in report.files)}")
+    tell(f"Wrote {best}. Next: karmma train-teacher --config {best}")
+
+
+def _short(value: str | float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

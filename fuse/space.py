@@ -1,0 +1,138 @@
+"""What a sweep varies: options such as max_lr=1e-4..1e-2,log, and the settings that a trial makes of them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ..data.config import PLACES, DataConfig
+from ..data.errors import ConfigError, nearest
+from ..data.settings import resolve
+from .config import NOT_DECISIVE, TeacherConfig
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+SECTIONS = {"data": DataConfig, "teacher": TeacherConfig}
+# The command line's name of a setting, where it is another.
+RENAMED = {"modality": "modalities"}
+RANGE = re.compile(r"(?P<low>[^,]+?)\.\.(?P<high>[^,]+)(?P<log>,log)?(,step=(?P<step>[^,]+))?")
+HOW = "Write values a,b,c or a range low..high, low..high,log or low..high,step=s."
+# Trials that differ in none of these see the same batches.
+BATCHED_BY = ("batch_size", "epochs", "seed", "tokens")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One option: the texts to choose from, or a range of numbers."""
+
+    section: str
+    field: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    step: float | None = None
+
+    def suggest(self, trial: "Trial") -> Any:
+        """Have Optuna choose a value for a trial."""
+        if self.choices:
+            return trial.suggest_categorical(self.field, self.choices)
+        if isinstance(self.low, int):
+            return trial.suggest_int(self.field, self.low, self.high, log=self.log, step=int(self.step or 1))
+        return trial.suggest_float(self.field, self.low, self.high, log=self.log, step=self.step)
+
+
+class Space:
+    """The dimensions of a sweep, and the settings that they start from.
+
+    written: option -> text, as `HOW` says.  Raises ConfigError that says which option or value does not fit.
+    """
+
+    def __init__(self, written: Mapping[str, str], data: DataConfig, config: TeacherConfig) -> None:
+        self.data, self.config = data, config
+        if not written:
+            raise ConfigError("Nothing to vary. Name options and their values, such as max_lr=1e-4..1e-2,log.")
+        self.dimensions = tuple(self._dimension(name.strip(), text) for name, text in written.items())
+
+    def suggest(self, trial: "Trial") -> dict[str, Any]:
+        """Choose a value of every dimension."""
+        return {dimension.field: dimension.suggest(trial) for dimension in self.dimensions}
+
+    def grid(self) -> list[dict[str, str]]:
+        """Return every combination; those that share batches follow each other.  Raises ConfigError on a range."""
+        for dimension in self.dimensions:
+            if not dimension.choices:
+                raise ConfigError(f"Sweep: {dimension.field} is a range, and a grid needs values. Write them as a,b,c.")
+        slow_first = sorted(
+            self.dimensions, key=lambda each: each.section == "teacher" and each.field not in BATCHED_BY
+        )
+        combinations = product(*(dimension.choices for dimension in slow_first))
+        return [dict(zip((d.field for d in slow_first), chosen, strict=True)) for chosen in combinations]
+
+    def size(self) -> int | None:
+        """Return how many combinations there are; None if a dimension is a range."""
+        choices = [len(dimension.choices) for dimension in self.dimensions]
+        return prod(choices) if all(choices) else None
+
+    def settings(self, chosen: Mapping[str, Any]) -> tuple[DataConfig, TeacherConfig]:
+        """Return the settings of a trial.  Raises ConfigError if the values do not fit each other."""
+        over: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+        for dimension in self.dimensions:
+            if dimension.field in chosen:
+                over[dimension.section][dimension.field] = _listed(dimension.field, chosen[dimension.field])
+        return self._resolved(over)
+
+    def thetas(self) -> list[int]:
+        """Return the values of Theta that trials may have, of a range its least; none if all tokens are kept."""
+        swept = [dimension for dimension in self.dimensions if dimension.field == "theta"]
+        values = [self.settings({"theta": value})[1].theta for each in swept for value in each.choices or [each.low]]
+        return [value for value in values or [self.config.theta] if value is not None]
+
+    def _dimension(self, name: str, text: str) -> Dimension:
+        field = RENAMED.get(name, name.replace("-", "_"))
+        known = {known: section for section, model in SECTIONS.items() for known in model.model_fields}
+        for fixed in PLACES | NOT_DECISIVE:
+            known.pop(fixed, None)
+        if field not in known:
+            raise ConfigError(f"Sweep: {name!r} is no option that decides a result. {nearest(field, known)}")
+        parsed = RANGE.fullmatch(text.strip())
+        choices = () if parsed else tuple(part.strip() for part in text.split(",") if part.strip())
+        if not parsed and (not choices or len(set(choices)) < len(choices)):
+            raise ConfigError(f"Sweep: {name}={text}: expected values, each once. {HOW}")
+        dimension = Dimension(known[field], field, choices)
+        ends = {name: parsed.group(name) for name in ("low", "high")} if parsed else {}
+        typed = [self._typed(dimension, value) for value in (*choices, *ends.values())]
+        return _range(dimension, text, *typed, parsed=parsed) if parsed else dimension
+
+    def _typed(self, dimension: Dimension, text: str) -> Any:
+        """Return a value as its setting has it.  Raises ConfigError if it does not fit."""
+        found = self._resolved({dimension.section: {dimension.field: _listed(dimension.field, text)}})
+        return getattr(found[dimension.section == "teacher"], dimension.field)
+
+    def _resolved(self, over: Mapping[str, Mapping[str, Any]]) -> tuple[DataConfig, TeacherConfig]:
+        base = {"data": self.data.model_dump(), "teacher": self.config.model_dump()}
+        found = resolve(SECTIONS, ("settings", base), ("sweep", over))
+        return found["data"], found["teacher"]
+
+
+def _listed(field: str, value: Any) -> Any:
+    """Return a list of names as settings write it: within one value of a sweep they are joined by +."""
+    return value.replace("+", ",") if field in ("modalities", "heads") else value
+
+
+def _range(dimension: Dimension, text: str, low: Any, high: Any, parsed: re.Match) -> Dimension:
+    is_number = isinstance(low, int | float) and not isinstance(low, bool)
+    try:
+        step = parsed.group("step") and float(parsed.group("step"))
+    except ValueError:
+        step = -1.0
+    fits = is_number and low < high and (step is None or (0 < step and not parsed.group("log")))
+    if not fits or (parsed.group("log") and low <= 0) or (isinstance(low, int) and step and step != int(step)):
+        raise ConfigError(
+            f"Sweep: {dimension.field}={text}: expected numbers, the lower one first, above 0 with log, and log or a "
+            f"step, not both. {HOW}"
+        )
+    return Dimension(dimension.section, dimension.field, (), low, high, bool(parsed.group("log")), step)

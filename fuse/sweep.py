@@ -1,0 +1,139 @@
+"""Sweep the teacher's options: many trainings over one cache, which is only read; the best settings come out.
+
+Nothing at import needs torch: the workers have it.
+"""
+
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data.annotations import ClipTable
+from ..data.cache import Cache
+from ..data.config import DataConfig, digest
+from ..data.errors import RunError
+from ..data.progress import Task, watched
+from ..data.publish import publish_json
+from .config import SweepConfig, TeacherConfig
+from .space import Space
+from .stage import describe_run, require_labels, require_theta, usable_selection
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from .study import Study
+    from .trials import Work
+
+DEFAULT_TRIALS = 20
+LOOK_AGAIN_S = 0.5
+PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Where a sweep is, its trials, the best first, and the settings of the best."""
+
+    folder: Path
+    trials: list["FrozenTrial"]
+    settings: tuple[DataConfig, TeacherConfig]
+    files: list[Path]
+
+
+def sweep_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig, sweep: SweepConfig) -> SweepReport:
+    """Train one teacher after another, or several at once, under the settings that `sweep` varies.
+
+    The sweep's folder is named by a digest of all that decides it but the number of trials, so the same call goes on
+    with it, wherever it is given.  Trials write no logits: the cache is only read.
+    Raises ConfigError if the space does not fit, IncompleteCacheError or StaleCacheError if the cache is not what is
+    asked for, RunError if no trial came to its end.
+    """
+    if sweep.workers > 1 and not config.threads:  # part of what a result is, to the last bit
+        config = config.model_copy(update={"threads": max(1, (os.cpu_count() or 1) // sweep.workers)})
+    space = Space(sweep.space, data, config)
+    n_trials = _n_trials(space, sweep)
+    folder = _prepared(table, data, config, sweep, space)
+
+    from .study import Study
+    from .sweep_report import is_complete, ranked, write_results
+    from .trials import Work
+
+    with Study(folder, space, sweep, config.seed, config.warmup_epochs) as study:
+        _run(Work(folder, table, data, config, sweep, n_trials), study)
+        trials = study.trials()
+    files, (best, *others) = write_results(folder, space, trials), ranked(trials)
+    if not is_complete(best):
+        raise RunError(f"{folder}: no trial came to its end. Trial 0 failed: {trials[0].user_attrs.get('reason')}")
+    return SweepReport(folder, [best, *others], space.settings(best.params), files)
+
+
+def _n_trials(space: Space, sweep: SweepConfig) -> int:
+    if sweep.sampler != "grid":
+        return sweep.trials or DEFAULT_TRIALS
+    return min(sweep.trials or len(space.grid()), len(space.grid()))
+
+
+def _prepared(table: ClipTable, data: DataConfig, config: TeacherConfig, sweep: SweepConfig, space: Space) -> Path:
+    """Refuse at once what no trial could do; return the sweep's folder, with its config."""
+    require_labels(table, data.heads)
+    cache = Cache.open(data.cache)
+    selection = usable_selection(cache, table, data, config)
+    for theta in space.thetas():
+        require_theta(cache, selection, config.model_copy(update={"theta": theta}))
+    described = describe_run(cache, table, data, config, selection)
+    described |= {"kind": "sweep", "sweep": sweep.model_dump(mode="json", exclude={"trials", "workers", "together"})}
+    folder = data.runs / f"sweep-{digest(described)[:8]}"
+    publish_json(folder / "config.json", described)
+    return folder
+
+
+def _run(task: "Work", study: "Study") -> None:
+    """Have all trials trained by workers, and show how far they are."""
+    from .trials import work
+
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=work, args=(task, at), name=f"worker {at}") for at in range(task.sweep.workers)]
+    for worker in workers:
+        worker.start()
+    try:
+        before = _n_epochs(study.trials(), task)
+        with watched("sweep", task.n_trials * task.config.epochs - before, "epochs") as shown:
+            while any(worker.is_alive() for worker in workers):
+                time.sleep(LOOK_AGAIN_S)
+                _show(shown, study.trials(), task, before)
+    finally:
+        _stop(workers)
+    lost = [worker for worker in workers if worker.exitcode]
+    unfinished = [trial for trial in study.trials() if not trial.state.is_finished()]
+    if lost and unfinished:
+        raise RunError(
+            f"{task.folder}: {lost[0].name} ended with code {lost[0].exitcode} and {len(unfinished)} trials are not "
+            "done. Give the same command again to go on; lower --together or --workers if memory was short."
+        )
+
+
+def _stop(workers: list[BaseProcess]) -> None:
+    """End what still runs: in good order, and by force if it does not listen."""
+    for end in (BaseProcess.terminate, BaseProcess.kill):
+        for worker in workers:
+            if worker.is_alive():
+                end(worker)
+        for worker in workers:
+            worker.join(PATIENCE_S)
+
+
+def _n_epochs(trials: list["FrozenTrial"], task: "Work") -> int:
+    """Count epochs that are done, of trials that were ended all."""
+    n = task.config.epochs
+    return sum(n if t.state.is_finished() else min(n, 1 + max(t.intermediate_values, default=-1)) for t in trials)
+
+
+def _show(shown: Task, trials: list["FrozenTrial"], task: "Work", before: int) -> None:
+    """Show how far all trials are, and the best of them."""
+    values = {trial.number: trial.value for trial in trials if trial.state.name == "COMPLETE"}
+    best = max(values, key=values.get, default=None)
+    n_done = sum(trial.state.is_finished() for trial in trials)
+    said = "" if best is None else f", best {values[best]:.4f} of trial {best}"
+    shown.advance(_n_epochs(trials, task) - before - shown.done, f"{n_done} of {task.n_trials} trials{said}")
