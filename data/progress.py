@@ -58,8 +58,8 @@ class _Lines(Task):
         if now - self._said < LINE_EVERY_S and self.done < self.total:
             return
         self._said = now
-        left = (self.total - self.done) / max(self.rate(), 1e-9)
-        text = f"{self.name}: {self.done}/{self.total} {self.unit}, {self.rate():.1f}/s, {left:.0f} s left"
+        left = f"{(self.total - self.done) / self.rate():.0f} s left" if self.done else "no rate yet"
+        text = f"{self.name}: {self.done}/{self.total} {self.unit}, {self.rate():.1f}/s, {left}"
         sys.stderr.write(f"{text}  {note}".rstrip() + "\n")
 
 

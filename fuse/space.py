@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..data.config import PLACES, DataConfig
@@ -71,11 +70,6 @@ class Space:
         )
         combinations = product(*(dimension.choices for dimension in slow_first))
         return [dict(zip((d.field for d in slow_first), chosen, strict=True)) for chosen in combinations]
-
-    def size(self) -> int | None:
-        """Return how many combinations there are; None if a dimension is a range."""
-        choices = [len(dimension.choices) for dimension in self.dimensions]
-        return prod(choices) if all(choices) else None
 
     def settings(self, chosen: Mapping[str, Any]) -> tuple[DataConfig, TeacherConfig]:
         """Return the settings of a trial.  Raises ConfigError if the values do not fit each other."""

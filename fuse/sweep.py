@@ -61,7 +61,8 @@ def sweep_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig, swe
     from .trials import Work
 
     with Study(folder, space, sweep, config.seed, config.warmup_epochs) as study:
-        _run(Work(folder, table, data, config, sweep, n_trials), study)
+        if not study.is_over(n_trials):
+            _run(Work(folder, table, data, config, sweep, n_trials), study)
         trials = study.trials()
     files, (best, *others) = write_results(folder, space, trials), ranked(trials)
     if not is_complete(best):
@@ -136,4 +137,5 @@ def _show(shown: Task, trials: list["FrozenTrial"], task: "Work", before: int) -
     best = max(values, key=values.get, default=None)
     n_done = sum(trial.state.is_finished() for trial in trials)
     said = "" if best is None else f", best {values[best]:.4f} of trial {best}"
-    shown.advance(_n_epochs(trials, task) - before - shown.done, f"{n_done} of {task.n_trials} trials{said}")
+    if n_new := _n_epochs(trials, task) - before - shown.done:
+        shown.advance(n_new, f"{n_done} of {task.n_trials} trials{said}")

@@ -50,22 +50,27 @@ class Work:
 
 
 def work(task: Work, at: int) -> None:
-    """Train trials until none is left to claim; the entry of worker number `at`."""
+    """Be worker number `at`, in a process of its own."""
     progress.silence()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep itself says when to stop
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     Thread(target=_end_with_parent, daemon=True).start()
-    space = Space(task.sweep.space, task.data, task.config)
     try:
-        with Study(task.folder, space, task.sweep, task.config.seed, task.config.warmup_epochs) as study:
-            while not study.is_over(task.n_trials):
-                claims = study.claim(task.sweep.together, task.n_trials)
-                if not claims:  # others have the last ones, and may die
-                    time.sleep(LOOK_AGAIN_S)
-                with enough_memory("the trials of a sweep", "Lower --together, --workers or --batch-size."):
-                    _train(task, study, space, claims, at)
+        with enough_memory("the trials of a sweep", "Lower --together, --workers or --batch-size."):
+            train_all(task, at)
     except KarmmaError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+def train_all(task: Work, at: int = 0) -> None:
+    """Train trials until all are done, by this process or others."""
+    space = Space(task.sweep.space, task.data, task.config)
+    with Study(task.folder, space, task.sweep, task.config.seed, task.config.warmup_epochs) as study:
+        while not study.is_over(task.n_trials):
+            claims = study.claim(task.sweep.together, task.n_trials)
+            _train(task, study, space, claims, at)
+            if not claims:  # others have the last ones, and may die
+                time.sleep(LOOK_AGAIN_S)
 
 
 def _end_with_parent() -> None:
