@@ -26,12 +26,13 @@ def layer_seeds(seeds: Sequence[int], layer: int) -> list[int]:
     return [(seed + layer * 0x9E3779B97F4A7C15) % 2**63 for seed in seeds]
 
 
-def levels(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return what decides whom dropout takes, int16 of this shape, every value equally likely."""
+def levels(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return what decides whom dropout takes, int16 [seeds, *shape], every value equally likely; a seed decides its."""
     n = prod(shape)
-    draws = torch.empty(-(-n // 4), dtype=torch.int64, device=device)
-    draws.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
-    return draws.view(torch.int16)[:n].view(shape)
+    draws = torch.empty(len(seeds), -(-n // 4), dtype=torch.int64, device=device)
+    for own, seed in zip(draws, seeds, strict=True):
+        own.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
+    return draws.view(torch.int16)[:, :n].view(-1, *shape)
 
 
 def kept(drawn: Tensor, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -44,8 +45,8 @@ def kept(drawn: Tensor, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
 class DroppedAttention(Function):
     """Attention over q, k, v [B, heads, N, d], its weights dropped with probability p, under one seed a clip.
 
-    A few heads of a clip at a time: scores, weights and mask stay near the cores, and the backward pass makes them a
-    second time. torch would write, keep and read all of them, [B, heads, N, N].
+    A few heads of a clip, or a few small clips, at a time: scores, weights and mask stay near the cores, and the
+    backward pass makes them a second time. torch would write, keep and read all of them, [B, heads, N, N].
     """
 
     @staticmethod
@@ -79,18 +80,20 @@ class DroppedAttention(Function):
 
 def _pieces(
     q: Tensor, k: Tensor, mask: Tensor | None, p: float, seeds: Sequence[int]
-) -> Iterator[tuple[tuple[int, slice], Tensor, Tensor]]:
-    """Yield (clip, heads), their weights [n, N, N] before dropout, and 1 where one of these stays, else 0."""
-    _, n_heads, n_tokens, width = q.shape
+) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+    """Yield (clips, heads), their weights [b, n, N, N] before dropout, and 1 where one of these stays, else 0."""
+    n_clips, n_heads, n_tokens, width = q.shape
     at_once = max(1, CHUNK_BYTES // (n_tokens**2 * q.element_size()))
-    for clip, seed in enumerate(seeds):
-        drawn = levels(seed, (n_heads, n_tokens, n_tokens), q.device)
-        for first in range(0, n_heads, at_once):
-            heads = slice(first, first + at_once)
-            scores = (q[clip, heads] * width**-0.5) @ k[clip, heads].transpose(-2, -1)
+    n_together = max(1, at_once // n_heads)  # several small clips, or a few heads of one
+    for first in range(0, n_clips, n_together):
+        clips = slice(first, first + n_together)
+        drawn = levels(seeds[clips], (n_heads, n_tokens, n_tokens), q.device)
+        for head in range(0, n_heads, at_once):
+            at = clips, slice(head, head + at_once)
+            scores = (q[at] * width**-0.5) @ k[at].transpose(-2, -1)
             if mask is not None:
-                scores.masked_fill_(~mask[clip], -torch.inf)
-            yield (clip, heads), scores.softmax(-1), kept(drawn[heads], p, scores.dtype)
+                scores.masked_fill_(~mask[clips], -torch.inf)
+            yield at, scores.softmax(-1), kept(drawn[:, at[1]], p, scores.dtype)
 
 
 @torch.compiler.disable  # it would compile anew for every seed

@@ -146,20 +146,8 @@ def command(made, runs, *options):
 
 @pytest.mark.slow
 def test_sweep_that_is_killed_in_the_middle_goes_on_and_ends_as_if_it_had_not_been(made, tmp_path):
-    options = (
-        "--sampler",
-        "random",
-        "--pruner",
-        "none",
-        "--trials",
-        "5",
-        "--save-minutes",
-        "0",
-        "--epochs",
-        "20",
-        "--workers",
-        "2",
-    )
+    chosen = ("--sampler", "random", "--pruner", "none", "--trials", "5")
+    options = (*chosen, "--save-minutes", "0", "--epochs", "20", "--workers", "2")
     plain = subprocess.run(command(made, tmp_path / "plain", *options), capture_output=True, text=True)
     assert plain.returncode == 0, plain.stderr
     asked = command(made, tmp_path / "killed", *options)
@@ -180,6 +168,7 @@ def test_sweep_that_is_killed_in_the_middle_goes_on_and_ends_as_if_it_had_not_be
     assert not list(two.glob("trial-*/state.safetensors"))
 
 
+@pytest.mark.slow
 def test_best_settings_train_the_best_trial_again_and_the_same_call_again_trains_nothing(made, tmp_path):
     asked = command(made, tmp_path / "runs", "alpha=0.3,0.7", "--trials", "4")
     done = subprocess.run(asked, capture_output=True, text=True)
