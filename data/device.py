@@ -39,3 +39,12 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
 def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
     """Return a context in which a forward pass computes in `precision`: autocast for bfloat16, nothing for float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Say whether the device computes in bfloat16 itself; elsewhere it goes by way of float32, several times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

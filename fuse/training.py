@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.annotations import ClipTable
-from ..data.device import choose_device
+from ..data.device import choose_device, has_bfloat16
 from ..data.errors import RunError, TableError
 from ..data.runs import RunFolder
 from .attention import clip_seeds
@@ -198,7 +198,10 @@ def prepare(config: TrainingConfig) -> torch.device:
     torch.manual_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)
-    return choose_device(config.device)
+    device = choose_device(config.device)
+    if config.precision == "bfloat16" and not has_bfloat16(device):
+        logger.warning("This %s computes bfloat16 by way of float32, and slower than that. Use float32.", device.type)
+    return device
 
 
 def score(found: dict[str, float | None]) -> tuple[float, float]:
