@@ -6,7 +6,7 @@ import pytest
 from karmma.cli_options import SECTIONS
 from karmma.data.config import DataConfig, digest
 from karmma.data.errors import ConfigError
-from karmma.data.settings import assigned, read_preset, read_toml, resolve, rooted
+from karmma.data.settings import assigned, read_preset, read_toml, resolve, rooted, write_toml
 from karmma.distill.config import StudentConfig
 from karmma.extract.config import ExtractConfig
 from karmma.fuse.config import TeacherConfig
@@ -111,6 +111,29 @@ def test_paths_in_a_settings_file_are_relative_to_it(tmp_path):
     assert found["data"]["cache"] == "s3://bucket/cache"
     assert found["extract"]["video"] == {"name": "swin3d_t", "weights": str(tmp_path / "w.safetensors")}
     assert found["extract"]["audio"] == {"name": f"hf:{tmp_path / 'whisper'}", "weights": "none"}
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+def test_written_settings_give_the_same_again_from_any_folder(tmp_path, monkeypatch, preset):
+    """Paths are relative to where they were given, None is a word or left out, and every field is in the file."""
+    (tmp_path / "weights.pth").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    own = {
+        "data": {"table": "clips.csv", "modalities": "audio", "crop_box": "0,0,4,4", "cache": "s3://bucket/cache"},
+        "extract": {"theta": "none", "video": {"name": "swin3d_s", "weights": "weights.pth"}},
+        "teacher": {"theta": "none", "tokens": {"audio": "0" * 16}},
+    }
+    sections = resolve(SECTIONS, (preset, read_preset(preset)), ("--set", own))
+    write_toml(tmp_path / "written" / "all.toml", sections)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = resolve(SECTIONS, ("file", rooted(read_toml(tmp_path / "written" / "all.toml"), tmp_path / "written")))
+    assert found["data"].table == tmp_path / "clips.csv"
+    assert found["extract"].video.weights == str(tmp_path / "weights.pth")
+    monkeypatch.chdir(tmp_path)
+    for name, section in sections.items():
+        given, again = (rooted({name: each.model_dump(mode="json")}, tmp_path) for each in (section, found[name]))
+        assert again == given
 
 
 def test_assignment_without_value_is_refused():

@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from karmma.data.errors import RunError
 from karmma.data.runs import RunFolder
+from karmma.data.stores import LogitStore
 from karmma.fuse.config import TeacherConfig
 from karmma.fuse.stage import train_teacher
 
@@ -40,6 +42,7 @@ def left(run):
     return weights, records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_saves", [2, 9])  # in the first epoch of four steps, and in the third
 def test_run_killed_in_mid_epoch_and_resumed_ends_in_the_same_bytes(made, tmp_path, n_saves):
     plain = train_teacher(made.table, made.data, CONFIG)
@@ -122,3 +125,9 @@ def test_two_ranks_give_the_losses_of_one_dropout_included(made, tmp_path):
             assert together["val"][name] == pytest.approx(value, abs=1e-5)
     assert two.result["epoch"] == one.result["epoch"]
     assert done.stderr.count("Wrote") == 1  # one rank speaks
+    rows = np.arange(24)
+    stores = [LogitStore.open(made.cache.logits_path(run.result["teacher"])) for run in (one, two)]
+    assert stores[0].path != stores[1].path
+    for head in ("verb", "noun"):
+        alone, together = (store.read(rows, 0)[head] for store in stores)
+        assert np.allclose(alone, together, atol=1e-3)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from karmma.data.errors import RunError
 from karmma.data.runs import RunFolder
-from karmma.fuse.config import TeacherConfig
+from karmma.fuse.config import TeacherConfig, TrainingConfig
 from karmma.fuse.loop import Onlooker, Waiting, fit
 from karmma.fuse.schedule import learning_rate
-from karmma.fuse.training import begin, score
+from karmma.fuse.training import begin, prepare, score
 
 
 class Line:
@@ -124,3 +124,13 @@ def test_waiting_counts_only_the_time_before_a_batch(monkeypatch):
     for _ in waiting.over(slow()):
         clock[0] += 5
     assert waiting.seconds == 6
+
+
+@pytest.mark.parametrize("is_capable", [True, False])
+def test_bfloat16_is_warned_of_where_the_hardware_does_not_have_it(monkeypatch, caplog, is_capable):
+    monkeypatch.setattr("karmma.fuse.training.has_bfloat16", lambda device: is_capable)
+    prepare(TrainingConfig(device="cpu", precision="bfloat16"))
+    assert ("This cpu computes bfloat16 by way of float32" in caplog.text) is not is_capable
+    caplog.clear()
+    prepare(TrainingConfig(device="cpu"))
+    assert not caplog.text
