@@ -98,19 +98,27 @@ def _forget(cache: Cache, damage: list[Damage]) -> None:
 
 
 def _agree(cache: Cache, runs: Path, sample: int) -> bool:
-    """Compute logits again and say how far they are off; False if that is more than rounding."""
+    """Compute logits again and say how far they are off; False if that is more than rounding.
+
+    Raises CacheError if there are none that can be computed again.
+    """
     from .fuse.logits import recompute
 
-    agree = True
+    agree, n_teachers, n_checked = True, 0, 0
     for found in recompute(cache, runs, sample):
+        n_teachers += 1
         if found.reason:
             tell(f"{found.teacher}: not computed again: {found.reason}.")
             continue
-        is_near = found.error <= TOLERANCE
+        n_checked += 1
+        is_near = found.error <= TOLERANCE  # which NaN is not
         agree &= is_near
         said = "" if is_near else f" More than {TOLERANCE}: run karmma train-teacher again."
         text = f"{found.teacher}: {found.n_clips} clips computed again, largest difference {found.error:.1e}.{said}"
         out.print(text, soft_wrap=True, markup=False, highlight=False)
+    if not n_checked:
+        advice = "Name the folder of their runs with --runs." if n_teachers else "Run karmma train-teacher."
+        raise CacheError(f"{cache.path}: of {n_teachers} teachers' logits none could be computed again. {advice}")
     return agree
 
 

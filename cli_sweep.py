@@ -7,6 +7,7 @@ from rich.table import Table
 
 from .cli_options import Settings, out, tell, with_options
 from .data.errors import ConfigError
+from .fuse.space import option
 from .fuse.sweep import sweep_teacher
 
 SHOWN = 10
@@ -22,18 +23,20 @@ def sweep(
     settings: Settings,
 ) -> None:
     """Train many teachers from the cache under settings that vary; end with a table, a plot and the best settings."""
-    space = dict(settings.sweep.space)
+    space: dict[str, str] = {}
     for text in varied:
         name, equals, values = text.partition("=")
-        if not equals:
-            raise ConfigError(f"{text}: expected option=values, such as max_lr=1e-4..1e-2,log.")
-        space[name] = values
-    asked = settings.sweep.model_copy(update={"space": space})
+        if not equals or option(name) in space:
+            raise ConfigError(f"{text}: expected option=values, each option once, such as max_lr=1e-4..1e-2,log.")
+        space[option(name)] = values
+    written = {name: values for name, values in settings.sweep.space.items() if option(name) not in space}
+    asked = settings.sweep.model_copy(update={"space": written | space})
     report = sweep_teacher(settings.table(), settings.data, settings.teacher, asked)
     best = report.folder / "best.toml"
     settings.write(best, *report.settings)
     fields = list(report.trials[0].params)
-    shown = Table("trial", "state", "val action", "epochs", *fields, title=f"{len(report.trials)} trials")
+    title = f"{len(report.trials)} trials; value: action accuracy on validation, or if there is none minus the loss"
+    shown = Table("trial", "state", "value", "epochs", *fields, title=title, title_justify="left")
     for trial in report.trials[:SHOWN]:
         value = "-" if trial.value is None else f"{trial.value:.4f}"
         chosen = [_short(trial.params.get(field, "")) for field in fields]

@@ -24,7 +24,7 @@ COMPUTED_FLOW = ("flow_method", "flow_step_s", "flow_size", "flow_clamp_px")
 class StageConfig(BaseModel):
     """Settings of one stage: frozen, and no field but the declared ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def paper(default: Any, meaning: str, where: str, **limits: Any) -> Any:

@@ -1,18 +1,24 @@
 """A run folder: the resolved config, metrics as they come, and checkpoints without pickle."""
 
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RunError
+from .leases import Leases
 from .publish import publish, publish_json, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -60,12 +66,27 @@ class RunFolder:
                 "--resume, or remove the folder to begin anew."
             )
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training this run for the length of a block; raises RunError if one does."""
+        with Leases(self.path / "leases") as leases:
+            said, give_up = False, time.monotonic() + leases.lease_s + leases.beat_s
+            while not leases.take("training"):
+                if time.monotonic() > give_up:
+                    raise RunError(f"{self.path}: another process is training this run. Wait for it, or end it.")
+                if not said:
+                    logger.warning("%s: another process has this run; watching for a minute if it lives", self.path)
+                said = True
+                time.sleep(1.0)
+            yield
+
     def start(self, config: Mapping[str, Any], first_epoch: int = 0) -> None:
         """Begin, or go on from an epoch: the records before it stay.  Call `require_free` first."""
         publish_json(self.path / "config.json", config)
         metrics = self.path / "metrics.jsonl"
         kept = [record for record in self.metrics() if record["epoch"] < first_epoch] if metrics.exists() else []
         publish(metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._close_events()
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         for record in kept:
             self._plot(record)
@@ -88,8 +109,9 @@ class RunFolder:
         self._events.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of `metrics.jsonl`."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        """Return the lines of `metrics.jsonl`; the last one counts only if it was written to its end."""
+        *lines, _ = (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines]
 
     def save_checkpoint(self, name: str, tensors: "Mapping[str, Tensor]", about: Mapping[str, Any]) -> None:
         """Publish `<name>.safetensors` with `about` (JSON) as its metadata."""
@@ -99,13 +121,17 @@ class RunFolder:
         publish(self.path / f"{name}.safetensors", save(whole, {"about": json.dumps(about)}))
 
     def load_checkpoint(self, name: str) -> "dict[str, Tensor]":
-        """Return the tensors of a checkpoint; raises RunError if it is not there."""
+        """Return the tensors of a checkpoint; raises RunError if it is not there, or damaged."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self.path / f"{name}.safetensors"
         if not path.exists():
             raise RunError(f"{path}: no such checkpoint. Train the run again.")
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise RunError(f"{path}: damaged: {error}. Remove the run's folder, and train it again.") from None
 
     def save_state(self, model: "nn.Module", optimizer: "Optimizer", about: Mapping[str, Any]) -> None:
         """Publish `state.safetensors`: all that a training needs to go on, until it is finished."""
@@ -134,8 +160,12 @@ class RunFolder:
         """Write `result.json`, the mark of a finished run; there is then nothing left to go on with."""
         publish_json(self.path / "result.json", result)
         self._state.unlink(missing_ok=True)
+        self._close_events()
+
+    def _close_events(self) -> None:
         if self._events is not None:
             self._events.close()
+        self._events = None
 
     @property
     def _state(self) -> Path:
@@ -143,10 +173,13 @@ class RunFolder:
 
     @staticmethod
     def _about(path: Path) -> dict[str, Any]:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["about"])
+        try:
+            with safe_open(path, "pt") as file:
+                return json.loads(file.metadata()["about"])
+        except SafetensorError as error:
+            raise RunError(f"{path}: damaged: {error}. Remove the run's folder, and train it again.") from None
 
 
 def finished_runs(runs: Path, kind: str) -> list[RunFolder]:

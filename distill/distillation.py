@@ -70,12 +70,13 @@ class Distillation:
     def train(self, run: RunFolder, described: dict[str, Any]) -> None:
         """Train and mark the run as finished."""
         self.teacher.require(self.rows["train"])
-        training = begin(self.student, self, self.config, run, described)
-        fit([training])
-        best = training.finish()
-        parameters = sum(p.numel() for p in self.student.parameters())
-        failed = self.stream.failed
-        run.finish({"epoch": best["epoch"], "val": best["val"], "parameters": parameters, "failed": failed})
+        with run.held():
+            training = begin(self.student, self, self.config, run, described)
+            fit([training])
+            best = training.finish()
+            parameters = sum(p.numel() for p in self.student.parameters())
+            failed = self.stream.failed
+            run.finish({"epoch": best["epoch"], "val": best["val"], "parameters": parameters, "failed": failed})
 
     def masks(self, epoch: int) -> np.ndarray:
         """Return which modalities of each clip an epoch uses, [N, M] bool, from seed, epoch and place alone."""

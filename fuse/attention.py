@@ -112,7 +112,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, seeds
     out = []  # a GPU's fused kernel draws its own mask, from the generator's seed
     with torch.random.fork_rng([q.device]):
         for clip, seed in enumerate(seeds):
-            torch.cuda.manual_seed(seed)
+            torch.cuda.default_generators[q.device.index].manual_seed(seed)
             one = slice(clip, clip + 1)
             out.append(F.scaled_dot_product_attention(q[one], k[one], v[one], None if mask is None else mask[one], p))
     return torch.cat(out)

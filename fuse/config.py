@@ -1,6 +1,8 @@
 """Settings of `karmma train-teacher`, and those that it shares with the student's training."""
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from ..data.config import StageConfig, Theta, ours, paper
 
@@ -27,6 +29,12 @@ class TrainingConfig(StageConfig):
     device: str = ours("auto", "torch device; auto takes CUDA where there is one", "convenience")
     threads: int = ours(0, "torch threads; 0 leaves torch's own choice", "torch knows the cores", ge=0)
     seed: int = ours(0, "seed of weights, sample order and dropout", "any number will do")
+
+    @model_validator(mode="after")
+    def _rates_fit(self) -> Self:
+        if self.max_lr < self.min_lr:
+            raise ValueError(f"max_lr is {self.max_lr}, below min_lr, {self.min_lr}; raise the one or lower the other")
+        return self
 
 
 class TeacherConfig(TrainingConfig):

@@ -126,7 +126,7 @@ def recompute(cache: Cache, runs: Path, n_clips: int) -> Iterator[Recomputed]:
             for some, (found,) in run_teachers([model], reader, rows, view, torch.device("cpu")):
                 wanted = store.read(some, view)
                 off = [np.abs(values.numpy() - wanted[head]).max() for head, values in found.items()]
-                checked, error = checked + len(some), max(error, *map(float, off))
+                checked, error = checked + len(some), float(np.max([error, *off]))  # NaN, if there is one
         yield Recomputed(path.stem, checked, error)
 
 

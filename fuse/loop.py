@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.errors import RunError
+from ..data.errors import KarmmaError, RunError
 from ..data.progress import Task, watched
 from .training import Course, Training
 
@@ -36,11 +36,15 @@ class Waiting:
 class Onlooker:
     """Who is told how trainings go, and may end them; this one lets them."""
 
+    def owns(self, training: Training) -> bool:
+        """Say, before anything is written, whether the run is still this process's."""
+        return True
+
     def goes_on(self, training: Training, record: dict[str, Any]) -> bool:
         """Say, after an epoch and its record, whether to go on."""
         return True
 
-    def failed(self, training: Training, error: RunError) -> None:
+    def failed(self, training: Training, error: KarmmaError) -> None:
         """Take note that a training cannot go on."""
         raise error
 
@@ -58,10 +62,10 @@ def fit(trainings: Sequence[Training], onlooker: Onlooker | None = None) -> None
         while going and not going[0].is_over:
             going = _epoch(lead.course, going, onlooker, shown)
             found = lead.course.validate([training.model for training in going])
-            records = [training.close_epoch(val) for training, val in zip(going, found, strict=True)]
-            for record in records[:1]:
+            closed = [_closed(training, val, onlooker) for training, val in zip(going, found, strict=True)]
+            for record in [record for record in closed if record][:1]:
                 _tell(shown, record)
-            going = [t for t, record in zip(going, records, strict=True) if onlooker.goes_on(t, record)]
+            going = [t for t, record in zip(going, closed, strict=True) if record and onlooker.goes_on(t, record)]
 
 
 def _epoch(course: Course, trainings: list[Training], onlooker: Onlooker, shown: Task) -> list[Training]:
@@ -75,7 +79,8 @@ def _epoch(course: Course, trainings: list[Training], onlooker: Onlooker, shown:
         for training in going:
             training.position.seconds += now - last
             training.position.waiting += waited
-            training.save_now_and_then()
+            if training.is_save_due and onlooker.owns(training):
+                training.save()
         last, waiting.seconds = now, 0.0
         found = going[0].position
         shown.advance(1, f"epoch {found.epoch}, loss {found.sums['loss'] / found.n_clips:.3f}")
@@ -89,6 +94,17 @@ def _has_learned(training: Training, batch: Any, onlooker: Onlooker) -> bool:
         onlooker.failed(training, error)
         return False
     return True
+
+
+def _closed(training: Training, val: dict[str, float], onlooker: Onlooker) -> dict[str, Any] | None:
+    """Close an epoch and return its record; None if the training is no longer ours, or cannot go on."""
+    if not onlooker.owns(training):
+        return None
+    try:
+        return training.close_epoch(val)
+    except RunError as error:
+        onlooker.failed(training, error)
+        return None
 
 
 def _tell(shown: Task, record: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What a sweep varies: options such as max_lr=1e-4..1e-2,log, and the settings that a trial makes of them."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,7 +55,16 @@ class Space:
         self.data, self.config = data, config
         if not written:
             raise ConfigError("Nothing to vary. Name options and their values, such as max_lr=1e-4..1e-2,log.")
-        self.dimensions = tuple(self._dimension(name.strip(), text) for name, text in written.items())
+        dimensions = [self._dimension(name, text) for name, text in written.items()]
+        # By name: the order in which they are written decides nothing, draws neither.
+        self.dimensions = tuple(sorted(dimensions, key=lambda dimension: dimension.field))
+        if len({dimension.field for dimension in dimensions}) < len(dimensions):
+            raise ConfigError(f"Sweep: {', '.join(written)}: an option is named twice. Write all its values together.")
+
+    @property
+    def varies_data(self) -> bool:
+        """Say whether trials may differ in which clips they see, or how."""
+        return any(dimension.section == "data" for dimension in self.dimensions)
 
     def suggest(self, trial: "Trial") -> dict[str, Any]:
         """Choose a value of every dimension."""
@@ -86,20 +96,24 @@ class Space:
         return [value for value in values or [self.config.theta] if value is not None]
 
     def _dimension(self, name: str, text: str) -> Dimension:
-        field = RENAMED.get(name, name.replace("-", "_"))
+        field = option(name)
         known = {known: section for section, model in SECTIONS.items() for known in model.model_fields}
-        for fixed in PLACES | NOT_DECISIVE:
+        if field == "heads":
+            raise ConfigError("Sweep: heads cannot vary: accuracies of other tasks say nothing of each other.")
+        for fixed in PLACES | NOT_DECISIVE | {"heads"}:
             known.pop(fixed, None)
         if field not in known:
             raise ConfigError(f"Sweep: {name!r} is no option that decides a result. {nearest(field, known)}")
         parsed = RANGE.fullmatch(text.strip())
         choices = () if parsed else tuple(part.strip() for part in text.split(",") if part.strip())
-        if not parsed and (not choices or len(set(choices)) < len(choices)):
-            raise ConfigError(f"Sweep: {name}={text}: expected values, each once. {HOW}")
         dimension = Dimension(known[field], field, choices)
-        ends = {name: parsed.group(name) for name in ("low", "high")} if parsed else {}
-        typed = [self._typed(dimension, value) for value in (*choices, *ends.values())]
-        return _range(dimension, text, *typed, parsed=parsed) if parsed else dimension
+        if parsed:
+            low, high = (self._typed(dimension, parsed.group(end)) for end in ("low", "high"))
+            return _range(dimension, text, low, high, parsed)
+        typed = [self._typed(dimension, value) for value in choices]
+        if not typed or len(set(typed)) < len(typed):
+            raise ConfigError(f"Sweep: {name}={text}: expected values, each once. {HOW}")
+        return dimension
 
     def _typed(self, dimension: Dimension, text: str) -> Any:
         """Return a value as its setting has it.  Raises ConfigError if it does not fit."""
@@ -112,19 +126,28 @@ class Space:
         return found["data"], found["teacher"]
 
 
+def option(name: str) -> str:
+    """Return the field of a setting, as it is written on the command line or in a file."""
+    field = name.strip().replace("-", "_")
+    return RENAMED.get(field, field)
+
+
 def _listed(field: str, value: Any) -> Any:
     """Return a list of names as settings write it: within one value of a sweep they are joined by +."""
-    return value.replace("+", ",") if field in ("modalities", "heads") else value
+    return value.replace("+", ",") if field == "modalities" else value
 
 
 def _range(dimension: Dimension, text: str, low: Any, high: Any, parsed: re.Match) -> Dimension:
-    is_number = isinstance(low, int | float) and not isinstance(low, bool)
     try:
         step = parsed.group("step") and float(parsed.group("step"))
     except ValueError:
-        step = -1.0
-    fits = is_number and low < high and (step is None or (0 < step and not parsed.group("log")))
-    if not fits or (parsed.group("log") and low <= 0) or (isinstance(low, int) and step and step != int(step)):
+        step = math.nan
+    fits = all(isinstance(each, int | float) and not isinstance(each, bool) for each in (low, high)) and low < high
+    if parsed.group("log"):
+        fits = fits and low > 0 and step is None
+    if step is not None:
+        fits = fits and 0 < step < math.inf and (isinstance(low, float) or step == int(step))
+    if not fits:
         raise ConfigError(
             f"Sweep: {dimension.field}={text}: expected numbers, the lower one first, above 0 with log, and log or a "
             f"step, not both. {HOW}"

@@ -4,6 +4,7 @@ A trial that is claimed is held by a lease.  Who claims holds the planner's, so 
 are made than were asked for.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Self
 import optuna
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ..data.leases import Leases
@@ -48,19 +49,18 @@ class Study:
 
     def __init__(self, folder: Path, space: Space, config: SweepConfig, seed: int, n_warmup: int = 0) -> None:
         """Open the journal in `folder`, or begin it.  n_warmup: epochs before which no trial is ended early."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # of a lock that the dead have left: it waits, and goes on
         folder.mkdir(parents=True, exist_ok=True)
         self.space, self.config, self.seed = space, config, seed
         self._pruner = _pruner(config.pruner, n_warmup)
-        self._storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
         self._leases = Leases(folder / "leases")
+        journal = str(folder / "journal.log")
+        # A lock that is a file: Optuna's default, a link, stays for ever if its owner dies and the path is relative.
+        lock = JournalFileOpenLock(journal)
         with self._leases.waiting_for("planner"):
-            study = optuna.create_study(
-                storage=self._storage, study_name="sweep", direction="maximize", load_if_exists=True
-            )
-            if config.sampler == "grid" and not study.get_trials(deepcopy=False):
-                for combination in space.grid():
-                    study.enqueue_trial(combination)
+            _mend(Path(journal), lock)
+            self._storage = JournalStorage(JournalFileBackend(journal, lock))
+            optuna.create_study(storage=self._storage, study_name="sweep", direction="maximize", load_if_exists=True)
 
     def __enter__(self) -> Self:
         return self
@@ -86,10 +86,12 @@ class Study:
                     claims += self._taken_over(found)
             begun = [found for found in trials if found.state != TrialState.WAITING]
             for number in range(len(begun), min(total, len(begun) + n - len(claims))):
-                trial = self._study(number).ask()
-                chosen = self.space.suggest(trial)
+                study = self._study(number)
+                if self.config.sampler == "grid" and number == len(self.trials()):
+                    study.enqueue_trial(self.space.grid()[number])
+                trial = study.ask()
                 self._leases.take(trial_name(trial.number))
-                claims.append(Claim(trial.number, chosen, trial))
+                claims.append(Claim(trial.number, self.space.suggest(trial), trial))
             return claims
 
     def is_over(self, total: int) -> bool:
@@ -120,11 +122,18 @@ class Study:
         claim.trial.set_user_attr("reason", reason)
         self._close(claim, TrialState.FAIL)
 
+    def note(self, claims: Sequence[Claim], error: str) -> None:
+        """Write down of what the process dies, for who takes its trials over."""
+        for claim in claims:
+            if self.is_held(claim):
+                claim.trial.set_user_attr("error", error)
+
     def put_back(self, claims: Sequence[Claim]) -> None:
         """Let others go on with trials, after an end in good order, which is not held against them."""
         for claim in claims:
-            claim.trial.set_user_attr("attempts", 0)
-            self._leases.give_back(claim.name)
+            if self.is_held(claim):
+                claim.trial.set_user_attr("attempts", 0)
+                self._leases.give_back(claim.name)
 
     def _close(self, claim: Claim, state: TrialState, value: float | None = None) -> None:
         self._study(0).tell(claim.number, value, state, skip_if_finished=True)
@@ -132,13 +141,14 @@ class Study:
 
     def _taken_over(self, found: FrozenTrial) -> list[Claim]:
         """Return the claim on a trial whose process has died; nothing if that happened too often."""
-        trial = optuna.Trial(self._study(0), found._trial_id)
+        trial = optuna.Trial(self._study(found.number), found._trial_id)
         claim = Claim(found.number, self.space.suggest(trial), trial)
         epoch, attempts = max(found.intermediate_values, default=-1), 1
         if found.user_attrs.get("at") == epoch:
             attempts = found.user_attrs["attempts"] + 1
         if attempts >= ATTEMPTS:
-            self.fail(claim, f"its process was killed {attempts} times after epoch {epoch}: too little memory?")
+            error = found.user_attrs.get("error", "killed, perhaps because memory was short")
+            self.fail(claim, f"its process died {attempts} times after epoch {epoch}, at last of this: {error}")
             return []
         trial.set_user_attr("at", epoch)
         trial.set_user_attr("attempts", attempts)
@@ -152,6 +162,16 @@ class Study:
         seed = (self.seed * 1_000_003 + number) % ANY_NUMBER
         sampler: BaseSampler = TPESampler(seed=seed) if self.config.sampler == "tpe" else RandomSampler(seed=seed)
         return optuna.load_study(study_name="sweep", storage=self._storage, sampler=sampler, pruner=self._pruner)
+
+
+def _mend(journal: Path, lock: JournalFileOpenLock) -> None:
+    """Cut off a line that a full disk or a crash of the machine has left half written: nobody could read on."""
+    lock.acquire()
+    try:
+        if journal.exists() and (text := journal.read_bytes()) and not text.endswith(b"\n"):
+            os.truncate(journal, text.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def _pruner(name: str, n_warmup: int) -> BasePruner:

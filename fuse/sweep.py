@@ -66,7 +66,8 @@ def sweep_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig, swe
         trials = study.trials()
     files, (best, *others) = write_results(folder, space, trials), ranked(trials)
     if not is_complete(best):
-        raise RunError(f"{folder}: no trial came to its end. Trial 0 failed: {trials[0].user_attrs.get('reason')}")
+        reasons = [trial.user_attrs["reason"] for trial in trials if "reason" in trial.user_attrs]
+        raise RunError(f"{folder}: no trial came to its end. The first that failed: {', '.join(reasons[:1])}")
     return SweepReport(folder, [best, *others], space.settings(best.params), files)
 
 
@@ -90,28 +91,28 @@ def _prepared(table: ClipTable, data: DataConfig, config: TeacherConfig, sweep: 
     return folder
 
 
-def _run(task: "Work", study: "Study") -> None:
+def _run(work: "Work", study: "Study") -> None:
     """Have all trials trained by workers, and show how far they are."""
-    from .trials import work
+    from .trials import be_worker
 
     spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=work, args=(task, at), name=f"worker {at}") for at in range(task.sweep.workers)]
+    places = range(work.sweep.workers)
+    workers = [spawn.Process(target=be_worker, args=(work, at), name=f"worker {at}") for at in places]
     for worker in workers:
         worker.start()
     try:
-        before = _n_epochs(study.trials(), task)
-        with watched("sweep", task.n_trials * task.config.epochs - before, "epochs") as shown:
+        before = _n_epochs(study.trials(), work)
+        with watched("sweep", max(0, work.n_trials * work.config.epochs - before), "epochs") as shown:
             while any(worker.is_alive() for worker in workers):
                 time.sleep(LOOK_AGAIN_S)
-                _show(shown, study.trials(), task, before)
+                _show(shown, study.trials(), work, before)
     finally:
         _stop(workers)
-    lost = [worker for worker in workers if worker.exitcode]
-    unfinished = [trial for trial in study.trials() if not trial.state.is_finished()]
-    if lost and unfinished:
+    if not study.is_over(work.n_trials):
+        codes = ", ".join(f"{worker.name}: {worker.exitcode}" for worker in workers)
         raise RunError(
-            f"{task.folder}: {lost[0].name} ended with code {lost[0].exitcode} and {len(unfinished)} trials are not "
-            "done. Give the same command again to go on; lower --together or --workers if memory was short."
+            f"{work.folder}: not all of {work.n_trials} trials are done, and the workers have ended (exit codes: "
+            f"{codes}). Give the same command again to go on; if memory was short, lower --together or --workers."
         )
 
 
@@ -125,17 +126,17 @@ def _stop(workers: list[BaseProcess]) -> None:
             worker.join(PATIENCE_S)
 
 
-def _n_epochs(trials: list["FrozenTrial"], task: "Work") -> int:
+def _n_epochs(trials: list["FrozenTrial"], work: "Work") -> int:
     """Count epochs that are done, of trials that were ended all."""
-    n = task.config.epochs
+    n = work.config.epochs
     return sum(n if t.state.is_finished() else min(n, 1 + max(t.intermediate_values, default=-1)) for t in trials)
 
 
-def _show(shown: Task, trials: list["FrozenTrial"], task: "Work", before: int) -> None:
+def _show(shown: Task, trials: list["FrozenTrial"], work: "Work", before: int) -> None:
     """Show how far all trials are, and the best of them."""
     values = {trial.number: trial.value for trial in trials if trial.state.name == "COMPLETE"}
     best = max(values, key=values.get, default=None)
     n_done = sum(trial.state.is_finished() for trial in trials)
     said = "" if best is None else f", best {values[best]:.4f} of trial {best}"
-    if n_new := _n_epochs(trials, task) - before - shown.done:
-        shown.advance(n_new, f"{n_done} of {task.n_trials} trials{said}")
+    if n_new := _n_epochs(trials, work) - before - shown.done:
+        shown.advance(n_new, f"{n_done} of {work.n_trials} trials{said}")

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from ..data.publish import publish
 from .space import Dimension, Space
-
-matplotlib.use("svg")
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 COLUMNS = 3
 
@@ -64,7 +62,7 @@ def _plot(space: Space, trials: Sequence[FrozenTrial]) -> bytes:
     first.plot(
         [t.number for t in ended], [max(t.intermediate_values.values()) for t in ended], "x", label="ended early"
     )
-    first.set(xlabel="trial", ylabel="value")
+    first.set(xlabel="trial", ylabel="value (action accuracy)")
     first.legend(fontsize="small")
     for axes, dimension in zip(others, space.dimensions, strict=False):
         _by_option(axes, dimension, done)

@@ -1,6 +1,7 @@
 """The teacher's training: a course over cached tokens, and the logits it leaves behind."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,10 @@ class Teacher:
 
     def train(self, run: RunFolder, described: dict[str, Any]) -> None:
         """Train, or go on; then write the logits of the best weights, then mark the run as finished."""
-        training = begin(self.model, self, self.config, run, described)
-        fit([training])
-        self.conclude(training, described)
+        with run.held() if is_first() else nullcontext():
+            training = begin(self.model, self, self.config, run, described)
+            fit([training])
+            self.conclude(training, described)
 
     def conclude(self, training: Training, described: dict[str, Any]) -> None:
         """Write what a training that is over leaves behind."""

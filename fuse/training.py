@@ -79,10 +79,7 @@ class Training:
         average_gradients(self.model)
         means, n_clips = _over_all(parts, len(batch.rows))
         if not math.isfinite(means["loss"]):
-            raise RunError(
-                f"Epoch {now.epoch}, step {now.at}: the loss is {means['loss']}. "
-                f"Lower max_lr (now {self.config.max_lr}) and start again."
-            )
+            raise RunError(f"Epoch {now.epoch}, step {now.at}: the loss is {means['loss']}. {self._calmer}")
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         for name, value in means.items():
@@ -102,8 +99,13 @@ class Training:
         )
 
     def close_epoch(self, val: dict[str, float]) -> dict[str, Any]:
-        """Log, keep the weights if validation says they are the best, and begin the next epoch; return the record."""
+        """Log, keep the weights if validation says they are the best, and begin the next epoch; return the record.
+
+        Raises RunError if the loss on validation is not finite.
+        """
         now = self.position
+        if not math.isfinite(val["loss"]):
+            raise RunError(f"Epoch {now.epoch}: the loss on validation is {val['loss']}. {self._calmer}")
         record = {"epoch": now.epoch, **{name: value / now.n_clips for name, value in now.sums.items()}}
         record["lr"] = self.rate((now.epoch + 1) * self.course.steps_per_epoch - 1)
         record["clips_per_s"], record["waiting_share"] = now.n_clips / now.seconds, now.waiting / now.seconds
@@ -123,10 +125,14 @@ class Training:
             self.run.save_state(self.model, self.optimizer, vars(self.position))
         self._saved = time.monotonic()
 
-    def save_now_and_then(self) -> None:
-        """Save in the middle of an epoch if the last time is long ago."""
-        if time.monotonic() - self._saved > 60 * self.config.save_minutes:
-            self.save()
+    @property
+    def is_save_due(self) -> bool:
+        """Say whether the last time was so long ago that it is to be saved in the middle of an epoch."""
+        return time.monotonic() - self._saved > 60 * self.config.save_minutes
+
+    @property
+    def _calmer(self) -> str:
+        return f"Lower max_lr (now {self.config.max_lr}) and start again."
 
     def resume(self) -> bool:
         """Go back to what was saved last; False if nothing was."""

@@ -5,21 +5,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data import progress
 from ..data.annotations import ClipTable
 from ..data.cache import Cache
-from ..data.clips import read_clips
 from ..data.config import DataConfig, digest
 from ..data.device import enough_memory
-from ..data.errors import ConfigError, IncompleteCacheError, KarmmaError, RunError, StaleCacheError, TableError
+from ..data.errors import KarmmaError, MemoryShortError, RunError, one_line
+from ..data.places import storage_errors
 from ..data.runs import RunFolder
 from .config import SweepConfig, TeacherConfig
 from .loop import Onlooker, fit
@@ -32,9 +33,13 @@ from .training import Training, begin, prepare
 LOOK_AGAIN_S = 2.0
 
 
-def objective(val: dict[str, float | None]) -> float:
-    """Return what a sweep makes large: action accuracy on validation, or where there is none, minus the loss."""
-    return -val["loss"] if val["action"] is None else val["action"]
+def objective(val: Mapping[str, float | None], share: float = 1.0) -> float:
+    """Return what a sweep makes large: action accuracy on validation, or where there is none, minus the loss.
+
+    share: of the labelled validation clips, those that have a modality of this trial; the others count as wrong, so
+    that trials of other modalities are judged on the same clips.
+    """
+    return -val["loss"] if val["action"] is None else share * val["action"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Work:
     n_trials: int
 
 
-def work(task: Work, at: int) -> None:
+def be_worker(work: Work, at: int) -> None:
     """Be worker number `at`, in a process of its own."""
     progress.silence()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep itself says when to stop
@@ -57,18 +62,18 @@ def work(task: Work, at: int) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     try:
         with enough_memory("the trials of a sweep", "Lower --together, --workers or --batch-size."):
-            train_all(task, at)
-    except KarmmaError as error:
+            train_all(work, at)
+    except (KarmmaError, *storage_errors()) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def train_all(task: Work, at: int = 0) -> None:
+def train_all(work: Work, at: int = 0) -> None:
     """Train trials until all are done, by this process or others."""
-    space = Space(task.sweep.space, task.data, task.config)
-    with Study(task.folder, space, task.sweep, task.config.seed, task.config.warmup_epochs) as study:
-        while not study.is_over(task.n_trials):
-            claims = study.claim(task.sweep.together, task.n_trials)
-            _train(task, study, space, claims, at)
+    space = Space(work.sweep.space, work.data, work.config)
+    with Study(work.folder, space, work.sweep, work.config.seed, work.config.warmup_epochs) as study:
+        while not study.is_over(work.n_trials):
+            claims = study.claim(work.sweep.together, work.n_trials)
+            _train(work, study, space, claims, at)
             if not claims:  # others have the last ones, and may die
                 time.sleep(LOOK_AGAIN_S)
 
@@ -79,78 +84,114 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class _Trials(Onlooker):
-    """Tells the study how trials go; a trial that somebody else has taken over meanwhile is let go."""
+@dataclass(frozen=True)
+class _Trial:
+    """A claim under way; share: see `objective`."""
 
-    def __init__(self, study: Study, claims: dict[Training, Claim]) -> None:
-        self.study, self.claims = study, claims
+    claim: Claim
+    training: Training
+    share: float
+
+    def close(self, study: Study) -> None:
+        """Write down what a trial came to; no logits, and no weights but the best."""
+        best, parameters = self.training.position.best, sum(p.numel() for p in self.training.model.parameters())
+        value = objective(best["val"], self.share)
+        self.training.run.finish({"epoch": best["epoch"], "val": best["val"], "parameters": parameters, "value": value})
+        study.complete(self.claim, value)
+
+
+class _Judge(Onlooker):
+    """Tells the study how trials go; one that somebody else has taken over meanwhile is let go."""
+
+    def __init__(self, study: Study, trials: Iterable[_Trial]) -> None:
+        self.study, self.trials = study, {trial.training: trial for trial in trials}
+
+    def owns(self, training: Training) -> bool:
+        return self.study.is_held(self.trials[training].claim)
 
     def goes_on(self, training: Training, record: dict[str, Any]) -> bool:
-        claim = self.claims[training]
-        if not self.study.is_held(claim):
-            return False
-        is_worth_it = self.study.report(claim, record["epoch"], objective(record["val"]))
+        trial = self.trials[training]
+        is_worth_it = self.study.report(trial.claim, record["epoch"], objective(record["val"], trial.share))
         if training.is_over:
-            _close(self.study, claim, training)
+            trial.close(self.study)
         elif not is_worth_it:
             training.run.finish({"pruned": record["epoch"]})
-            self.study.prune(claim)
+            self.study.prune(trial.claim)
         return is_worth_it
 
-    def failed(self, training: Training, error: RunError) -> None:
-        self.study.fail(self.claims[training], str(error))
+    def failed(self, training: Training, error: KarmmaError) -> None:
+        training.run.finish({"failed": str(error)})
+        self.study.fail(self.trials[training].claim, str(error))
 
 
-def _train(task: Work, study: Study, space: Space, claims: Iterable[Claim], at: int) -> None:
+def _train(work: Work, study: Study, space: Space, claims: Sequence[Claim], at: int) -> None:
     """Train trials to their end, each group of those that see the same batches in one pass."""
-    groups: dict[str, dict[Training, Claim]] = {}
+    groups: dict[str, list[_Trial]] = {}
     try:
         for claim in claims:
-            if (begun := _begun(task, study, space, claim, at)) is not None:
-                batches, training = begun
-                groups.setdefault(batches, {})[training] = claim
-        for of in groups.values():
-            fit(list(of), _Trials(study, of))
+            if (begun := _begun(work, study, space, claim, at)) is not None:
+                batches, trial = begun
+                groups.setdefault(batches, []).append(trial)
+        for trials in groups.values():
+            fit([trial.training for trial in trials], _Judge(study, trials))
     except SystemExit:
-        study.put_back([claim for claim in claims if study.is_held(claim)])
+        study.put_back(claims)
+        raise
+    except (KarmmaError, RuntimeError, MemoryError) as error:
+        study.note(claims, one_line(error))
         raise
 
 
-def _close(study: Study, claim: Claim, training: Training) -> None:
-    """Write down what a trial came to; no logits, and no weights but the best."""
-    best = training.position.best
-    parameters = sum(p.numel() for p in training.model.parameters())
-    training.run.finish({"epoch": best["epoch"], "val": best["val"], "parameters": parameters})
-    study.complete(claim, objective(best["val"]))
-
-
-def _begun(task: Work, study: Study, space: Space, claim: Claim, at: int) -> tuple[str, Training] | None:
-    """Return what says which batches a trial sees, and its training, begun or taken up; None if there is nothing to do.
+def _begun(work: Work, study: Study, space: Space, claim: Claim, at: int) -> tuple[str, _Trial] | None:
+    """Return what says which batches a trial sees, and the trial, begun or taken up; None if there is nothing to do.
 
     A trial whose settings do not fit each other, or the cache, has failed.
     """
-    run = RunFolder(task.folder / claim.name)
+    run = RunFolder(work.folder / claim.name)
     if run.is_finished:  # but its process died before it could say so
-        study.prune(claim) if "pruned" in run.result else study.complete(claim, objective(run.result["val"]))
+        _tell(study, claim, run.result)
         return None
     try:
         data, config = space.settings(claim.chosen)
         config = config.model_copy(update={"resume": True, "device": _own_device(config.device, at)})
-        table = task.table if data == task.data else read_clips(data, data.heads)
-        cache = Cache.open(data.cache)
+        cache, table = Cache.open(data.cache), work.table
         selection = usable_selection(cache, table, data, config)
         described = describe_run(cache, table, data, config, selection)
         teacher = Teacher(cache, table, selection, data, config, prepare(config))
-    except (ConfigError, TableError, StaleCacheError, IncompleteCacheError) as error:
+    except MemoryShortError:
+        raise
+    except KarmmaError as error:
         study.fail(claim, str(error))
         return None
-    training = begin(teacher.model, teacher, config, run, described)
+    try:
+        training = begin(teacher.model, teacher, config, run, described)
+    except RunError as error:  # what it would go on with is damaged
+        study.fail(claim, str(error))
+        return None
+    trial = _Trial(claim, training, _share(teacher) if space.varies_data else 1.0)
     if training.is_over:  # all epochs are done, but its process died before it could say so
-        _close(study, claim, training)
+        trial.close(study)
         return None
     batches = [described[name] for name in ("data", "contents", "clips", "views")]
     position = training.position.epoch, training.position.at
-    return digest([batches, config.seed, config.batch_size, config.epochs, position]), training
+    return digest([batches, config.seed, config.batch_size, config.epochs, position]), trial
+
+
+def _tell(study: Study, claim: Claim, result: Mapping[str, Any]) -> None:
+    """Close a trial as its run was."""
+    if "pruned" in result:
+        study.prune(claim)
+    elif "failed" in result:
+        study.fail(claim, result["failed"])
+    else:
+        study.complete(claim, result["value"])
+
+
+def _share(teacher: Teacher) -> float:
+    """Return which share of the validation clips with all labels have a modality of the teacher."""
+    labelled = np.all([teacher.table.labels(head) >= 0 for head in teacher.classes], axis=0)
+    n_all = labelled[teacher.table.rows("val")].sum()
+    return float(labelled[teacher.rows["val"]].sum() / n_all) if n_all else 1.0
 
 
 def _own_device(device: str, at: int) -> str:

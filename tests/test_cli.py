@@ -38,7 +38,7 @@ def here(tmp_path, monkeypatch):
         (("extract", "--table", "t.csv", "--heads", "vreb"), "no column 'vreb'. Did you mean 'verb'?"),
         (("train-teacher", "--table", "t.csv", "--cache", "none"), "none: no cache here. Run karmma extract"),
         (("sweep", "--table", "t.csv"), "Nothing to vary. Name options and their values, such as max_lr=1e-4"),
-        (("sweep", "max_lr", "--table", "t.csv"), "max_lr: expected option=values, such as max_lr=1e-4..1e-2,log"),
+        (("sweep", "max_lr", "--table", "t.csv"), "max_lr: expected option=values, each option once, such as max_lr"),
         (("sweep", "max_rl=1,2", "--table", "t.csv"), "'max_rl' is no option that decides a result. Did you mean"),
         (("sweep", "alpha=0,1", "--table", "t.csv", "--cache", "none"), "none: no cache here. Run karmma extract"),
         (("sweep", "alpha=0,1", "--table", "t.csv", "--sampler", "tpf"), "sweep.sampler = 'tpf'"),

@@ -1,8 +1,11 @@
 """Run folders: finished or not, metrics, checkpoints without pickle."""
 
+from functools import partial
+
 import pytest
 import torch
 from karmma.data.errors import RunError
+from karmma.data.leases import Leases
 from karmma.data.runs import RunFolder, finished_runs
 
 
@@ -124,3 +127,43 @@ def test_finished_runs_are_listed_the_latest_last(tmp_path):
         run.finish({})
     RunFolder(tmp_path / "student-unfinished").start({})
     assert [run.path.name for run in finished_runs(tmp_path, "student")] == ["student-b", "student-a"]
+
+
+def test_record_that_was_half_written_is_not_counted(tmp_path):
+    run = RunFolder(tmp_path / "r")
+    run.start({})
+    run.log({"epoch": 0})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 1, "lo')
+    assert run.metrics() == [{"epoch": 0}]
+    run.start({}, first_epoch=1)
+    run.log({"epoch": 1})
+    assert run.metrics() == [{"epoch": 0}, {"epoch": 1}]
+
+
+def test_damaged_checkpoint_and_state_are_named(tmp_path):
+    run = RunFolder(tmp_path / "r")
+    run.start({})
+    model, optimizer = stepped(2)
+    run.save_state(model, optimizer, {"epoch": 1})
+    run.save_checkpoint("best", model.state_dict(), {})
+    for name in ("state", "best"):
+        path = run.path / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"best.safetensors: damaged: .*Remove the run's folder"):
+        run.load_checkpoint("best")
+    with pytest.raises(RunError, match=r"state.safetensors: damaged"):
+        run.load_state(model, optimizer)
+    with pytest.raises(RunError, match=r"state.safetensors: damaged"):
+        run.require_free(resume=False)
+
+
+def test_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("karmma.data.runs.Leases", partial(Leases, beat_s=0.1, lease_s=0.5))
+    run = RunFolder(tmp_path / "r")
+    with run.held():
+        with pytest.raises(RunError, match="another process is training this run"), run.held():
+            pass
+        assert "watching for a minute if it lives" in caplog.text
+    with run.held():
+        pass

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 from karmma import cli, cli_cache, cli_options
+from karmma.data.runs import RunFolder
 from karmma.data.stores import LogitStore
 from karmma.fuse.config import TeacherConfig
 from karmma.fuse.logits import recompute
@@ -63,6 +65,23 @@ def test_verify_says_how_far_logits_are_off(taught, monkeypatch, capsys, damaged
     assert "24 clips computed again, largest difference" in said.out
     assert ended.value.code == (4 if damaged else 0)
     assert ("run karmma train-teacher again" in said.out) == damaged
+
+
+def test_weights_that_are_not_numbers_are_found_out(taught):
+    made, report = taught
+    run = RunFolder(report.run)
+    run.save_checkpoint("best", {name: value * torch.nan for name, value in run.load_checkpoint("best").items()}, {})
+    (found,) = recompute(made.cache, made.data.runs, 24)
+    assert not found.error <= 1e9
+
+
+def test_verify_of_no_logits_at_all_is_no_success(made, monkeypatch, capsys):
+    places = ("--cache", str(made.data.cache), "--runs", str(made.data.runs))
+    monkeypatch.setattr("sys.argv", ["karmma", "cache", "verify", "--logits", *places])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "of 0 teachers' logits none could be computed again. Run karmma train-teacher." in capsys.readouterr().err
 
 
 def test_sample_is_spread_over_the_clips(taught):

@@ -95,7 +95,7 @@ def test_run_that_was_interrupted_is_never_overwritten_in_silence(made, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("karmma.fuse.training.Training.save_now_and_then", interrupted)
+        patched.setattr("karmma.fuse.training.Training.is_save_due", property(interrupted))
         with pytest.raises(KeyboardInterrupt):
             train_teacher(made.table, made.data, CONFIG)
     with monkeypatch.context() as patched:

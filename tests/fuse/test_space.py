@@ -76,12 +76,23 @@ def test_grid_of_a_range_is_refused():
         ({"missing": "B.1..B.3"}, "missing=B.1..B.3: expected numbers"),
         ({"norm_first": "false..true"}, "norm_first=false..true: expected numbers"),
         ({"modality": "video+smell"}, "data.modalities"),
+        ({"theta": "1..none"}, "theta=1..none: expected numbers"),
+        ({"alpha": "0.1..inf"}, "teacher.alpha = 'inf': Input should be a finite number"),
+        ({"n_layers": "1..2,step=inf"}, "n_layers=1..2,step=inf: expected numbers"),
+        ({"alpha": "0.5,0.50"}, "alpha=0.5,0.50: expected values, each once"),
+        ({"max_lr": "1e-4,1e-3", "max-lr": "1e-3..1e-2"}, "an option is named twice"),
+        ({"heads": "verb,noun"}, "heads cannot vary"),
+        ({"max_lr": "1e-6,1e-3"}, "max_lr is 1e-06, below min_lr, 1e-05"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(written, said):
     with pytest.raises(ConfigError) as refused:
         space(**written)
     assert said in str(refused.value)
+
+
+def test_order_of_writing_decides_no_draw():
+    assert suggested(space(alpha="0..1", tau="0.1..1"), 5) == suggested(space(tau="0.1..1", alpha="0..1"), 5)
 
 
 def test_least_theta_is_known_beforehand():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from karmma.data.batches import TokenReader
 from karmma.data.errors import ConfigError, RunError, StaleCacheError
+from karmma.data.modality import ABSENT, PRESENT
 from karmma.data.runs import RunFolder
 from karmma.data.settings import read_toml
 from karmma.fuse.config import SweepConfig, TeacherConfig
@@ -144,8 +145,35 @@ def command(made, runs, *options):
     return [karmma, "sweep", "max_lr=1e-3..3e-2,log", "--config", str(settings), *places, *options]
 
 
+def test_trials_of_other_modalities_are_judged_on_the_same_clips(made):
+    """A quarter of the validation clips has no sound: for a teacher of sound alone they count as wrong."""
+    deaf = made.add("audio", 1, theta=None, states={2: PRESENT, 16: ABSENT})
+    (video,) = made.cache.identities("video")
+    config = CONFIG.model_copy(update={"tokens": {"audio": deaf, "video": video}})
+    folder, trials = swept(made, "modalities", {"modality": "video+audio,audio,video"}, config)
+    results = [RunFolder.open(folder / f"trial-{number:04d}").result for number in range(3)]
+    shares = [trial.value / result["val"]["action"] for trial, result in zip(trials, results, strict=True)]
+    assert shares == [1, 0.75, 1]
+
+
+def test_trial_whose_state_is_damaged_fails_with_its_file(made, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("karmma.fuse.trials._Judge.goes_on", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            swept(made, "damaged", {"alpha": "0.3,0.7"})
+    (state,) = made.data.runs.glob("damaged/sweep/trial-*/state.safetensors")
+    state.write_bytes(state.read_bytes()[:50])
+    _, trials = swept(made, "damaged", {"alpha": "0.3,0.7"})
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE"]
+    assert f"{state}: damaged" in trials[0].user_attrs["reason"]
+
+
 @pytest.mark.slow
-def test_sweep_that_is_killed_in_the_middle_goes_on_and_ends_as_if_it_had_not_been(made, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_sweep_that_is_killed_in_the_middle_goes_on_and_ends_as_if_it_had_not_been(made, tmp_path, how):
     chosen = ("--sampler", "random", "--pruner", "none", "--trials", "5")
     options = (*chosen, "--save-minutes", "0", "--epochs", "20", "--workers", "2")
     plain = subprocess.run(command(made, tmp_path / "plain", *options), capture_output=True, text=True)
@@ -157,8 +185,8 @@ def test_sweep_that_is_killed_in_the_middle_goes_on_and_ends_as_if_it_had_not_be
         assert time.monotonic() < give_up
         assert running.poll() is None
         time.sleep(0.02)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    os.killpg(running.pid, how)
+    assert running.wait() == (130 if how == signal.SIGINT else -signal.SIGKILL)
     done = subprocess.run(asked, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (one,), (two,) = ((tmp_path / name).glob("sweep-*") for name in ("plain", "killed"))
@@ -178,7 +206,7 @@ def test_best_settings_train_the_best_trial_again_and_the_same_call_again_trains
     assert len(rows) == 4
     assert float(rows[0]["value"]) == max(float(row["value"]) for row in rows if row["state"] == "complete")
     assert (folder / "trials.svg").read_text().count("</svg>") == 1
-    assert rows[0]["max_lr"][:4] in done.stdout
+    assert f"{float(rows[0]['max_lr']):.4g}" in done.stdout
     best = read_toml(folder / "best.toml")["teacher"]
     assert (best["max_lr"], best["alpha"]) == (float(rows[0]["max_lr"]), float(rows[0]["alpha"]))
 
@@ -212,7 +240,7 @@ def test_theta_is_swept_where_the_cache_has_all_tokens_and_refused_where_it_has_
 
 def test_sweep_of_which_nothing_comes_says_why(made):
     every = SweepConfig(space={"n_attention_heads": "3,5"}, sampler="grid")
-    with pytest.raises(RunError, match=r"no trial came to its end\. Trial 0 failed: .* not divisible by 3"):
+    with pytest.raises(RunError, match=r"no trial came to its end\. The first that failed: .* not divisible by 3"):
         sweep_teacher(made.table, made.data, CONFIG, every)
     with pytest.raises(ConfigError, match="Nothing to vary"):
         sweep_teacher(made.table, made.data, CONFIG, SweepConfig())

@@ -69,6 +69,29 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_step(tmp_path):
     assert not RunFolder(tmp_path / "run").is_finished
 
 
+def test_loss_on_validation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(Line, "validate", lambda self, models: [{"action": 0.5, "loss": float("inf")}])
+    with pytest.raises(RunError, match=r"Epoch 0: the loss on validation is inf\. Lower max_lr \(now 0\.3\)"):
+        trained(tmp_path)
+    assert RunFolder(tmp_path / "run").metrics() == []
+
+
+def test_run_that_another_has_taken_over_is_not_written_to(tmp_path):
+    class Lost(Onlooker):
+        def owns(self, training):
+            return training.position.epoch < 2
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1, bias=False)
+    config = CONFIG.model_copy(update={"save_minutes": 0.0})
+    training = begin(model, Line(model), config, RunFolder(tmp_path / "run"), {})
+    fit([training], Lost())
+    assert [record["epoch"] for record in training.run.metrics()] == [0, 1]
+    fresh = torch.nn.Linear(1, 1, bias=False)
+    again = begin(fresh, Line(fresh), config.model_copy(update={"resume": True}), training.run, {})
+    assert (again.position.epoch, again.position.at) == (2, 0)
+
+
 def test_several_on_the_same_batches_read_each_once_and_end_as_they_would_apart(tmp_path):
     """One of them diverges in its second epoch, one is ended after its first; the others do not notice."""
     ended = []
