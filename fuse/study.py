@@ -77,12 +77,8 @@ class Study:
         with self._leases.waiting_for("planner"):
             claims: list[Claim] = []
             trials = self.trials()
-            for found in trials:
-                if (
-                    len(claims) < n
-                    and found.state == TrialState.RUNNING
-                    and self._leases.take(trial_name(found.number))
-                ):
+            for found in (trial for trial in trials if trial.state == TrialState.RUNNING):
+                if len(claims) < n and self._leases.take(trial_name(found.number)):
                     claims += self._taken_over(found)
             begun = [found for found in trials if found.state != TrialState.WAITING]
             for number in range(len(begun), min(total, len(begun) + n - len(claims))):

@@ -58,10 +58,8 @@ def _plot(space: Space, trials: Sequence[FrozenTrial]) -> bytes:
     numbers, values = [trial.number for trial in done], [trial.value for trial in done]
     first.plot(numbers, values, "o", markersize=4)
     first.step(numbers, [max(values[: at + 1]) for at in range(len(values))], where="post", label="best so far")
-    ended = [trial for trial in trials if trial.value is None and trial.intermediate_values]
-    first.plot(
-        [t.number for t in ended], [max(t.intermediate_values.values()) for t in ended], "x", label="ended early"
-    )
+    ended = [trial for trial in trials if trial.state == TrialState.PRUNED and trial.value is not None]
+    first.plot([trial.number for trial in ended], [trial.value for trial in ended], "x", label="ended early")
     first.set(xlabel="trial", ylabel="value (action accuracy)")
     first.legend(fontsize="small")
     for axes, dimension in zip(others, space.dimensions, strict=False):

@@ -1,5 +1,6 @@
 """The journal of a sweep: who claims which trial, what becomes of those of the dead, and what is ended early."""
 
+import csv
 import multiprocessing
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from karmma.data.config import DataConfig
 from karmma.fuse.config import SweepConfig, TeacherConfig
 from karmma.fuse.space import Space
 from karmma.fuse.study import ATTEMPTS, Study
+from karmma.fuse.sweep_report import write_results
 from optuna.storages.journal import JournalFileOpenLock
 
 SPACE = {"alpha": "0..1", "tau": "0.1,0.2,0.3"}
@@ -122,6 +124,15 @@ def test_trial_worse_than_the_others_at_its_epoch_is_ended(tmp_path):
         assert mine.report(good, 2, 0.0)  # taken up again, an epoch is reported a second time: the first one counts
         mine.prune(bad)
         assert mine.trials()[bad.number].state.name == "PRUNED"
+        mine.complete(good, 0.9)
+        table, plot = write_results(tmp_path, mine.space, mine.trials())
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["trial"] for row in rows] == ["5", "0", "1", "2", "3", "4", "6"]
+    assert [(row["state"], row["value"], row["epochs"]) for row in rows[::6]] == [
+        ("complete", "0.9", "3"),
+        ("pruned", "0.2", "3"),
+    ]
+    assert plot.read_text().count("<use ") > 6 * 3
     with study(tmp_path / "none", pruner="none") as mine:
         claims = mine.claim(6, 6)
         assert all(mine.report(claim, 3, claim.number) for claim in reversed(claims))
