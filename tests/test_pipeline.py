@@ -71,6 +71,7 @@ def test_command_with_nothing_to_do_imports_neither_torch_nor_timm(home, command
     assert not {"torch", "timm", "torchvision"} & loaded
 
 
+@pytest.mark.slow
 def test_report_of_finished_runs_puts_teacher_beside_student(home):
     (teacher,), (student,) = home.glob("runs/teacher-*"), home.glob("runs/student-*")
     done = karmma(home, "report", "--efficiency", "--repeats", "0", "--into", "costs", str(teacher), str(student))
@@ -111,6 +112,7 @@ def test_other_settings_make_a_store_beside_the_old_one_and_training_names_the_f
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_student_of_one_modality_without_teacher_trains(home):
     options = ("--modality", "detections", "--teacher", "none", *QUICK)
     done = karmma(home, "distill", *options)
@@ -124,7 +126,8 @@ def shard_bytes(cache: Path) -> dict[str, bytes]:
     return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("n_receipts", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_receipts", [1, 5])
 def test_extract_killed_at_any_shard_and_run_again_gives_the_bytes_of_one_clean_run(home, tmp_path, n_receipts):
     def options(name):
         return ("extract", "--cache", str(tmp_path / name), "--shard-rows", "4", "--batch-size", "2")

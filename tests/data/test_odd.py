@@ -81,6 +81,7 @@ def test_every_file_has_the_properties_that_were_measured(odd):
     assert len(rows) == 177
 
 
+@pytest.mark.slow
 def test_every_file_is_present_absent_or_failed_as_it_can_be_read(odd):
     """Readable files give what they have, damaged ones fail where they are, and nothing raises."""
     folder, rows = odd

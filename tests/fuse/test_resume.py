@@ -110,6 +110,7 @@ def test_run_that_was_interrupted_is_never_overwritten_in_silence(made, monkeypa
     assert train_teacher(made.table, made.data, CONFIG.model_copy(update={"resume": True})).result["parameters"] > 0
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one_dropout_included(made, tmp_path):
     """Batches of 5 clips do not divide by two, the last of an epoch has a single clip, and a clip lacks its audio."""
     plain = train_teacher(made.table, made.data, CONFIG)
