@@ -32,6 +32,8 @@ def sweep(
     written = {name: values for name, values in settings.sweep.space.items() if option(name) not in space}
     asked = settings.sweep.model_copy(update={"space": written | space})
     report = sweep_teacher(settings.table(), settings.data, settings.teacher, asked)
+    from .fuse.sweep_report import n_epochs  # the library of studies, which no other command waits for
+
     best = report.folder / "best.toml"
     settings.write(best, *report.settings)
     fields = list(report.trials[0].params)
@@ -40,8 +42,7 @@ def sweep(
     for trial in report.trials[:SHOWN]:
         value = "-" if trial.value is None else f"{trial.value:.4f}"
         chosen = [_short(trial.params.get(field, "")) for field in fields]
-        n_epochs = str(len(trial.intermediate_values))
-        shown.add_row(str(trial.number), trial.state.name.lower(), value, n_epochs, *chosen)
+        shown.add_row(str(trial.number), trial.state.name.lower(), value, str(n_epochs(trial)), *chosen)
     out.print(shown)
     failed = [trial for trial in report.trials if "reason" in trial.user_attrs]
     for trial in failed[:SHOWN]:

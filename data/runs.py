@@ -122,16 +122,13 @@ class RunFolder:
 
     def load_checkpoint(self, name: str) -> "dict[str, Tensor]":
         """Return the tensors of a checkpoint; raises RunError if it is not there, or damaged."""
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self.path / f"{name}.safetensors"
         if not path.exists():
             raise RunError(f"{path}: no such checkpoint. Train the run again.")
-        try:
+        with _sound(path):
             return load_file(path)
-        except SafetensorError as error:
-            raise RunError(f"{path}: damaged: {error}. Remove the run's folder, and train it again.") from None
 
     def save_state(self, model: "nn.Module", optimizer: "Optimizer", about: Mapping[str, Any]) -> None:
         """Publish `state.safetensors`: all that a training needs to go on, until it is finished."""
@@ -173,13 +170,21 @@ class RunFolder:
 
     @staticmethod
     def _about(path: Path) -> dict[str, Any]:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
-            with safe_open(path, "pt") as file:
-                return json.loads(file.metadata()["about"])
-        except SafetensorError as error:
-            raise RunError(f"{path}: damaged: {error}. Remove the run's folder, and train it again.") from None
+        with _sound(path), safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["about"])
+
+
+@contextmanager
+def _sound(path: Path) -> Iterator[None]:
+    """Raise RunError if what is read of a checkpoint within the block turns out to be damaged."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise RunError(f"{path}: damaged: {error}. Remove the run's folder, and train it again.") from None
 
 
 def finished_runs(runs: Path, kind: str) -> list[RunFolder]:

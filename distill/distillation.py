@@ -73,10 +73,8 @@ class Distillation:
         with run.held():
             training = begin(self.student, self, self.config, run, described)
             fit([training])
-            best = training.finish()
-            parameters = sum(p.numel() for p in self.student.parameters())
-            failed = self.stream.failed
-            run.finish({"epoch": best["epoch"], "val": best["val"], "parameters": parameters, "failed": failed})
+            training.finish()
+            run.finish({**training.result, "failed": self.stream.failed})
 
     def masks(self, epoch: int) -> np.ndarray:
         """Return which modalities of each clip an epoch uses, [N, M] bool, from seed, epoch and place alone."""

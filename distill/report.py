@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from ..data.publish import publish, publish_json
 from ..data.runs import RunFolder
+from ..fuse.figures import svg
 from .efficiency import Cost, Efficiency
 from .results import Evaluation
-
-matplotlib.use("svg")
-from matplotlib.figure import Figure
 
 
 def write_report(run: RunFolder, evaluation: Evaluation, path: Path) -> None:
@@ -71,11 +69,8 @@ def _efficiency_bars(found: Sequence[Efficiency]) -> Markup:
 
 
 def _svg(figure: Figure) -> Markup:
-    """Return a figure as inline SVG; the same figure gives the same bytes."""
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "karmma"}):
-        figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    return Markup(text.getvalue()[text.getvalue().index("<svg") :])
+    """Return a figure as SVG that templates leave as it is."""
+    return Markup(svg(figure))
 
 
 def _bars(evaluation: Evaluation) -> Markup:

@@ -61,6 +61,8 @@ def fit(trainings: Sequence[Training], onlooker: Onlooker | None = None) -> None
     with watched(name, total, "steps") as shown:
         while going and not going[0].is_over:
             going = _epoch(lead.course, going, onlooker, shown)
+            if not going:  # the clips of validation would be read for nobody
+                break
             found = lead.course.validate([training.model for training in going])
             closed = [_closed(training, val, onlooker) for training, val in zip(going, found, strict=True)]
             for record in [record for record in closed if record][:1]:

@@ -87,10 +87,9 @@ def average_gradients(model: nn.Module) -> None:
     if n_ranks() == 1:
         return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    used = summed(torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32).to(
-        parameters[0].device
-    )).tolist()  # fmt: skip
-    shared = [parameter for parameter, n in zip(parameters, used, strict=True) if n]
+    is_used = [parameter.grad is not None for parameter in parameters]
+    n_users = summed(torch.tensor(is_used, dtype=torch.int32, device=parameters[0].device)).tolist()
+    shared = [parameter for parameter, n in zip(parameters, n_users, strict=True) if n]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in shared])
     dist.all_reduce(flat)
     flat /= n_ranks()

@@ -74,7 +74,8 @@ def sweep_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig, swe
 def _n_trials(space: Space, sweep: SweepConfig) -> int:
     if sweep.sampler != "grid":
         return sweep.trials or DEFAULT_TRIALS
-    return min(sweep.trials or len(space.grid()), len(space.grid()))
+    n_cells = len(space.grid())
+    return min(sweep.trials or n_cells, n_cells)
 
 
 def _prepared(table: ClipTable, data: DataConfig, config: TeacherConfig, sweep: SweepConfig, space: Space) -> Path:

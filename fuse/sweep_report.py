@@ -5,12 +5,12 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from ..data.publish import publish
+from .figures import svg
 from .space import Dimension, Space
 
 COLUMNS = 3
@@ -39,7 +39,7 @@ def write_results(folder: Path, space: Space, trials: Sequence[FrozenTrial]) -> 
         reason = trial.user_attrs.get("reason", "")
         writer.writerow([trial.number, trial.state.name.lower(), value, n_epochs(trial), *chosen, reason])
     publish(paths[0], text.getvalue().encode())
-    publish(paths[1], _plot(space, trials))
+    publish(paths[1], _plot(space, trials).encode())
     return paths
 
 
@@ -48,7 +48,7 @@ def n_epochs(trial: FrozenTrial) -> int:
     return len(trial.intermediate_values)
 
 
-def _plot(space: Space, trials: Sequence[FrozenTrial]) -> bytes:
+def _plot(space: Space, trials: Sequence[FrozenTrial]) -> str:
     """Draw the value of each complete trial by number with the best so far, and by each option; return SVG."""
     done = [trial for trial in trials if is_complete(trial)]
     panels = 1 + len(space.dimensions)
@@ -66,10 +66,7 @@ def _plot(space: Space, trials: Sequence[FrozenTrial]) -> bytes:
         _by_option(axes, dimension, done)
     for unused in others[len(space.dimensions) :]:
         unused.remove()
-    out = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "karmma"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    return svg(figure)
 
 
 def _by_option(axes: Axes, dimension: Dimension, done: Sequence[FrozenTrial]) -> None:

@@ -61,13 +61,11 @@ class Teacher:
 
     def conclude(self, training: Training, described: dict[str, Any]) -> None:
         """Write what a training that is over leaves behind."""
-        best = training.finish()
+        training.finish()
         wait()  # for the first rank's checkpoints
         teacher = self.speak(training.run, described)
         if is_first():
-            parameters = sum(p.numel() for p in self.model.parameters())
-            result = {"teacher": teacher, "epoch": best["epoch"], "val": best["val"], "parameters": parameters}
-            training.run.finish(result)
+            training.run.finish({"teacher": teacher, **training.result})
         wait()
 
     def speak(self, run: RunFolder, described: dict[str, Any]) -> str:

@@ -147,6 +147,12 @@ class Training:
         """Say whether all epochs are done."""
         return self.position.epoch >= self.config.epochs
 
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the training came to: its best epoch, that epoch's validation, and the model's parameters."""
+        best, parameters = self.position.best, sum(p.numel() for p in self.model.parameters())
+        return {"epoch": best["epoch"], "val": best["val"], "parameters": parameters}
+
     def finish(self) -> dict[str, Any]:
         """Keep the last weights; return the best epoch's record."""
         if is_first():

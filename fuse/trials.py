@@ -94,9 +94,9 @@ class _Trial:
 
     def close(self, study: Study) -> None:
         """Write down what a trial came to; no logits, and no weights but the best."""
-        best, parameters = self.training.position.best, sum(p.numel() for p in self.training.model.parameters())
-        value = objective(best["val"], self.share)
-        self.training.run.finish({"epoch": best["epoch"], "val": best["val"], "parameters": parameters, "value": value})
+        result = self.training.result
+        value = objective(result["val"], self.share)
+        self.training.run.finish({**result, "value": value})
         study.complete(self.claim, value)
 
 
@@ -107,9 +107,11 @@ class _Judge(Onlooker):
         self.study, self.trials = study, {trial.training: trial for trial in trials}
 
     def owns(self, training: Training) -> bool:
+        """Say whether this process still holds the trial's lease."""
         return self.study.is_held(self.trials[training].claim)
 
     def goes_on(self, training: Training, record: dict[str, Any]) -> bool:
+        """Report an epoch, and close the trial if it is over or not worth going on with."""
         trial = self.trials[training]
         is_worth_it = self.study.report(trial.claim, record["epoch"], objective(record["val"], trial.share))
         if training.is_over:
@@ -120,6 +122,7 @@ class _Judge(Onlooker):
         return is_worth_it
 
     def failed(self, training: Training, error: KarmmaError) -> None:
+        """Close the trial with the reason."""
         training.run.finish({"failed": str(error)})
         self.study.fail(self.trials[training].claim, str(error))
 

@@ -1,0 +1,14 @@
+"""Figures as SVG, for reports of every stage."""
+
+import io
+
+import matplotlib
+from matplotlib.figure import Figure
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an <svg> element; the same figure gives the same text."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "karmma"}):
+        figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    return text.getvalue()[text.getvalue().index("<svg") :]
