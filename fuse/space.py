@@ -22,6 +22,8 @@ RANGE = re.compile(r"(?P<low>[^,]+?)\.\.(?P<high>[^,]+)(?P<log>,log)?(,step=(?P<
 HOW = "Write values a,b,c or a range low..high, low..high,log or low..high,step=s."
 # Trials that differ in none of these see the same batches.
 BATCHED_BY = ("batch_size", "epochs", "seed", "tokens")
+# What is told apart, and on which clips: the table is read once, and trials are compared by what they reach on it.
+TASK = ("heads", "prune", "holdout", "holdout_share", "holdout_seed")
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,11 @@ class Space:
     def _dimension(self, name: str, text: str) -> Dimension:
         field = option(name)
         known = {known: section for section, model in SECTIONS.items() for known in model.model_fields}
-        if field == "heads":
-            raise ConfigError("Sweep: heads cannot vary: accuracies of other tasks say nothing of each other.")
-        for fixed in PLACES | NOT_DECISIVE | {"heads"}:
+        if field in TASK:
+            raise ConfigError(
+                f"Sweep: {field} cannot vary: accuracies of other tasks, or on other clips, say nothing of each other."
+            )
+        for fixed in PLACES | NOT_DECISIVE:
             known.pop(fixed, None)
         if field not in known:
             raise ConfigError(f"Sweep: {name!r} is no option that decides a result. {nearest(field, known)}")

@@ -82,6 +82,9 @@ def test_grid_of_a_range_is_refused():
         ({"alpha": "0.5,0.50"}, "alpha=0.5,0.50: expected values, each once"),
         ({"max_lr": "1e-4,1e-3", "max-lr": "1e-3..1e-2"}, "an option is named twice"),
         ({"heads": "verb,noun"}, "heads cannot vary"),
+        ({"holdout": "clips,videos"}, "holdout cannot vary"),
+        ({"holdout-seed": "0..9"}, "holdout_seed cannot vary"),
+        ({"prune": "true,false"}, "prune cannot vary"),
         ({"max_lr": "1e-6,1e-3"}, "max_lr is 1e-06, below min_lr, 1e-05"),
     ],
 )
