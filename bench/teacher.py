@@ -17,10 +17,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does,
 
 import torch
 from karmma.data.device import arithmetic
-from karmma.fuse.attention import clip_seeds
 from karmma.fuse.config import TeacherConfig
 from karmma.fuse.losses import cross_entropy, info_nce
 from karmma.fuse.model import build_fusion
+from karmma.fuse.seeds import clip_seeds
 from torch import Tensor, nn
 
 MODALITIES, K, WIDTH = ("video", "flow", "audio"), 300, 1024

@@ -13,6 +13,7 @@ from ..data.errors import MediaError, TableError
 from ..data.modality import letters, subsets
 from ..data.progress import watched
 from ..data.runs import RunFolder
+from ..fuse.logits import joined_logits
 from ..fuse.metrics import accuracy, majority, wilson_bounds
 from .model import ClipModel
 from .results import Evaluation, SubsetRow
@@ -67,9 +68,8 @@ def subset_logits(
         count(len(batch.rows))
         has.append(batch.present.cpu().numpy())
     student.train(was_training)
-    heads = student.fusion.heads
-    joined = {s: {head: torch.cat([part[head] for part in parts]) for head in heads} for s, parts in found.items()}
-    return Predictions(np.concatenate(read), np.concatenate(has), joined)
+    joined = {subset: joined_logits(student.fusion, parts) for subset, parts in found.items()}
+    return Predictions(np.concatenate([rows[:0], *read]), np.concatenate([wanted[:0], *has]), joined)
 
 
 def evaluate_run(run: RunFolder, table: ClipTable, split: str, device: str, made_from: str) -> Evaluation:

@@ -1,8 +1,9 @@
 """Raw clips to logits: a backbone a modality, Theta-Average and what fuses the tokens, as one module."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..data.config import DataConfig
@@ -11,6 +12,7 @@ from ..extract.backbones import Backbone, build_backbone
 from ..extract.config import BackboneConfig
 from ..fuse.config import TrainingConfig
 from ..fuse.model import FusionModel, FusionOutput, build_fusion
+from .clip_dropout import drop_by_clip, seed_clips
 
 
 class ClipModel(nn.Module):
@@ -19,6 +21,7 @@ class ClipModel(nn.Module):
     def __init__(self, backbones: Mapping[str, Backbone], fusion: FusionModel, theta: int | None) -> None:
         super().__init__()
         self.backbones, self.fusion, self.theta = nn.ModuleDict(dict(backbones)), fusion, theta
+        drop_by_clip(self.backbones)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -31,18 +34,25 @@ class ClipModel(nn.Module):
             backbone.compile(*args, **options)
         self.fusion.compile(*args, **options)
 
-    def tokens(self, inputs: Mapping[str, Tensor], present: Tensor) -> dict[str, Tensor]:
+    def tokens(
+        self, inputs: Mapping[str, Tensor], present: Tensor, seeds: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """Run each backbone on the clips that have its modality, and only on those.
 
         inputs: modality -> [n, ...] raw arrays of the n clips for which `present` is True, in their order.
-        present: [B, M] bool.  Returns modality -> [B, k, D], the rows of missing clips holding zeros that the
+        present: [B, M] bool.  seeds: one a clip, for dropout in training: what is dropped of a clip depends on nobody
+        beside it; None draws them.  Returns modality -> [B, k, D], the rows of missing clips holding zeros that the
         fusion block never looks at; a modality that no clip has is left out.
         """
+        if self.training and seeds is None:
+            seeds = torch.randint(2**63 - 1, (len(present),)).tolist()
         out = {}
         for column, modality in enumerate(self.modalities):
             has = present[:, column]
             if modality not in inputs or not len(inputs[modality]):
                 continue
+            if self.training:
+                seed_clips(self.backbones[modality], [seeds[at] for at in has.nonzero()[:, 0].tolist()])
             found = self.backbones[modality](inputs[modality])
             if self.theta:
                 found = theta_average(found, self.theta)
@@ -50,9 +60,11 @@ class ClipModel(nn.Module):
             out[modality] = found.new_zeros(len(present), *found.shape[1:]).index_put((has.nonzero()[:, 0],), found)
         return out
 
-    def forward(self, inputs: Mapping[str, Tensor], present: Tensor) -> FusionOutput:
+    def forward(
+        self, inputs: Mapping[str, Tensor], present: Tensor, seeds: Sequence[int] | None = None
+    ) -> FusionOutput:
         """Return logits by head [B, N_h] and averaged tokens by modality [B, E]; see `tokens` for the arguments."""
-        return self.fusion(self.tokens(inputs, present), present)
+        return self.fusion(self.tokens(inputs, present, seeds), present, seeds)
 
 
 def build_backbones(

@@ -31,14 +31,22 @@ class EncoderLayer(nn.Module):
         self.norm_attention = nn.LayerNorm(width)
         self.norm_ffn = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
+        self.attention_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         """Attend within [N, L, D]; seen: bool, broadcasts to [N, heads, L, L], True where a row may look."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # [N, heads, L, D / heads]
-        dropout = self.dropout.p if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, seen, dropout).transpose(1, 2).flatten(2)  # [N, L, D]
+        attended = self._attend(q, k, v, seen).transpose(1, 2).flatten(2)  # [N, L, D]
         x = self.norm_attention(x + self.dropout(self.proj(attended)))
         return self.norm_ffn(x + self.dropout(self.ffn(x)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        if not (self.training and self.attention_dropout.p):
+            return F.scaled_dot_product_attention(q, k, v, seen)
+        # Written out, for a fused kernel draws its own mask; L is a few dozen at most.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return self.attention_dropout(weights) @ v
 
 
 class LayoutTransformer(Backbone):

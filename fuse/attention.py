@@ -1,8 +1,6 @@
 """Attention with dropout whose masks belong to clips: the same on one rank or several, and never kept in memory."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -11,35 +9,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .seeds import kept, levels
+
 CHUNK_BYTES = 8 * 2**20  # of scores that are dealt with at a time
-LEVELS = 2**16  # a probability is kept to 16 bits: four masks out of one draw
-
-
-def clip_seeds(seed: int, step: int, clip_ids: Sequence[str]) -> list[int]:
-    """Return one seed a clip, 0..2^63 - 1, from the run's seed, the optimizer step and the clip's name alone."""
-    texts = (f"{seed} {step} {clip_id}".encode() for clip_id in clip_ids)
-    return [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1 for text in texts]
-
-
-def layer_seeds(seeds: Sequence[int], layer: int) -> list[int]:
-    """Return the seeds of one layer: no two layers drop the same places."""
-    return [(seed + layer * 0x9E3779B97F4A7C15) % 2**63 for seed in seeds]
-
-
-def levels(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return what decides whom dropout takes, int16 [seeds, *shape], every value equally likely; a seed decides its."""
-    n = prod(shape)
-    draws = torch.empty(len(seeds), -(-n // 4), dtype=torch.int64, device=device)
-    for own, seed in zip(draws, seeds, strict=True):
-        own.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
-    return draws.view(torch.int16)[:, :n].view(-1, *shape)
-
-
-def kept(drawn: Tensor, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return 1 where a weight stays and 0 where it is dropped, with probability p, from its levels."""
-    # Straight into numbers: multiplying by truth values takes ten times as long.
-    numbers = torch.empty(drawn.shape, dtype=dtype, device=drawn.device)
-    return torch.ge(drawn, round(p * LEVELS) - LEVELS // 2, out=numbers)
 
 
 class DroppedAttention(Function):

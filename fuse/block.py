@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.errors import ConfigError
-from .attention import attend, layer_seeds
+from .attention import attend
 from .embedding import Embedded, learned_token
+from .seeds import layer_seeds
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..data.errors import ConfigError
+from .seeds import MODALITIES, layer_seeds
 
 
 def modality_dropout(present: Tensor, p: float, generator: Generator) -> Tensor:
@@ -22,7 +23,8 @@ def modality_dropout(present: Tensor, p: float, generator: Generator) -> Tensor:
 
 def seeded_dropout(present: Tensor, p: float, seeds: Sequence[int]) -> Tensor:
     """Do as `modality_dropout` with one seed a clip: what a clip loses depends on nobody beside it."""
-    draws = [torch.rand(2, present.shape[1], generator=Generator().manual_seed(seed)) for seed in seeds]
+    own = layer_seeds(seeds, MODALITIES)  # not the first numbers of what else the clip's seed decides
+    draws = [torch.rand(2, present.shape[1], generator=Generator().manual_seed(seed)) for seed in own]
     return _kept(present, p, torch.stack(draws, dim=1) if draws else torch.empty(2, *present.shape))
 
 

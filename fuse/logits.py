@@ -58,10 +58,15 @@ def shared_logits(
     found = [logits for _, logits in run_teachers(models, reader, own_part(rows), view, device)]
     out = []
     for at, model in enumerate(models):
-        none = {head: torch.empty(0, model.mlp.classify[f"to_{head}"].out_features) for head in model.heads}
-        own = {head: torch.cat([none[head], *(logits[at][head] for logits in found)]) for head in model.heads}
+        own = joined_logits(model, [logits[at] for logits in found])
         out.append({head: over_ranks(part.to(device)).cpu() for head, part in own.items()})
     return out
+
+
+def joined_logits(model: FusionModel, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return head -> [n, N_h] of all parts, one after the other, on the CPU; there may be none."""
+    sizes = model.n_classes.items()
+    return {head: torch.cat([torch.empty(0, size), *(part[head] for part in parts)]) for head, size in sizes}
 
 
 def write_logits(

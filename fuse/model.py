@@ -50,7 +50,8 @@ class FusionModel(nn.Module):
         self.block = FusionBlock(shape)
         self.mlp = MultiHeadMLP(shape.embed_dim, n_classes)
         self.modalities = self.embedding.modalities
-        self.heads = self.mlp.heads
+        self.n_classes = dict(n_classes)
+        self.drops = shape.attention_dropout > 0
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile fusion block and heads in place, as `torch.nn.Module.compile` does; names of parameters stay.
@@ -70,6 +71,8 @@ class FusionModel(nn.Module):
         seeds: one a clip, for dropout in training: a clip's result then depends on nobody beside it; None draws them.
         Raises ValueError if tokens and present do not fit each other or the model.
         """
+        if not self.drops:
+            seeds = None
         embedded = self.embedding(tokens, present, whole=seeds is not None)
         cls, averages = self.block(embedded, seeds)
         used = [column for column, name in enumerate(self.modalities) if embedded.counts[name]]

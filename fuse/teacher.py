@@ -16,7 +16,6 @@ from ..data.device import arithmetic
 from ..data.identity import tensors_digest
 from ..data.runs import RunFolder
 from ..data.selection import Selection
-from .attention import clip_seeds
 from .config import TeacherConfig
 from .dropout import seeded_dropout
 from .logits import averaged, build_teacher, on_device, shared_logits, write_logits
@@ -24,6 +23,7 @@ from .loop import fit
 from .losses import cross_entropy, info_nce
 from .metrics import accuracy
 from .ranks import is_first, own_part, wait
+from .seeds import clip_seeds
 from .training import Training, begin, usable_rows
 
 

@@ -15,10 +15,10 @@ from ..data.annotations import ClipTable
 from ..data.device import choose_device, has_bfloat16
 from ..data.errors import RunError, TableError
 from ..data.runs import RunFolder
-from .attention import clip_seeds
 from .config import TrainingConfig
 from .ranks import average_gradients, is_first, n_ranks, summed, wait
 from .schedule import learning_rate, parameter_groups
+from .seeds import clip_seeds
 
 logger = logging.getLogger(__name__)
 

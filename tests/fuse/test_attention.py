@@ -3,9 +3,10 @@
 import pytest
 import torch
 from karmma.fuse import attention
-from karmma.fuse.attention import DroppedAttention, attend, clip_seeds, kept, layer_seeds, levels
+from karmma.fuse.attention import DroppedAttention, attend
 from karmma.fuse.block import FusionBlock, FusionShape
 from karmma.fuse.embedding import Embedded
+from karmma.fuse.seeds import clip_seeds, kept, layer_seeds, levels
 
 SEEDS = clip_seeds(7, 3, ["a", "b", "c"])
 MASK = torch.tensor([[True, True, True, False, True]] * 2 + [[True, False, False, False, True]])[:, None, None]

@@ -52,7 +52,7 @@ def test_model_output_has_the_promised_names_and_shapes(missing):
     model = _model(missing)
     output = model(_batch(), PRESENT)
     assert model.modalities == ("video", "flow", "audio")
-    assert model.heads == ("verb", "noun")
+    assert tuple(model.n_classes) == ("verb", "noun")
     assert {head: tuple(logits.shape) for head, logits in output.logits.items()} == {"verb": (4, 4), "noun": (4, 3)}
     assert {name: tuple(tokens.shape) for name, tokens in output.tokens.items()} == dict.fromkeys(WIDTHS, (4, 8))
     assert output.cls.shape == (4, 8)
