@@ -14,7 +14,7 @@ from .places import is_address
 # What `video_files` and its like may name of a clip.
 FILE_FIELDS = ("video_id", "participant", "clip_id")
 # Files and folders on this machine, and patterns of files: never part of what a run or a store was made from.
-PATHS = ("table", "val_table", "test_table", "labels", "media", "flow_weights", "cache", "runs")
+PATHS = ("table", "val_table", "test_table", "labels", "media", "flow_weights", "cache", "inputs", "runs")
 PLACES = frozenset({*PATHS, "video_files", "flow_files", "audio_files", "detections_files"})
 # Where a clip's files are is a matter of its row, not of what is made of them.
 SOURCE = ("audio_files", "audio_hz")
@@ -90,6 +90,7 @@ class DataConfig(StageConfig):
     cache: Annotated[Place, BeforeValidator(_address)] = ours(
         Path("cache"), "folder of the cache, or its address in an object store, such as s3://bucket/cache", "README"
     )
+    inputs: Path = ours(Path("inputs"), "folder of decoded clips, for a student that keeps them", "beside the cache")
     runs: Path = ours(Path("runs"), "folder that gets one folder a run", "README")
     heads: Names = paper(("verb", "noun"), "label columns of the table, one classifier each", "sec. 3.1")
     modalities: Names = paper(("video", "flow", "audio"), "modalities in use", "sec. 4, Epic-Kitchens")

@@ -75,18 +75,20 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def publish(path: Path, data: Buffer) -> None:
+def publish(path: Path, data: Buffer, durable: bool = True) -> None:
     """Write `data` so that `path` never holds a part of it, even if the machine stops at any instant.
 
+    durable=False: a machine that stops may leave a part, or nothing; for what can be told to be whole, and made again.
     Raises CacheError if the disk is full or read-only; the file that was there before is then untouched.
     """
     with _blaming(path):
         if not is_local(path):
             _put(path, bytes(data))
             return
-        with _written(path, data) as temporary:
+        with _written(path, data, durable) as temporary:
             os.replace(temporary, path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
 
 
 def create(path: Path, data: bytes) -> bool:
@@ -152,8 +154,8 @@ def written_by(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _written(path: Path, data: Buffer) -> Iterator[Path]:
-    """Write a synced file beside `path`; it is gone afterwards."""
+def _written(path: Path, data: Buffer, durable: bool = True) -> Iterator[Path]:
+    """Write a file, synced if it is to be durable, beside `path`; it is gone afterwards."""
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +165,8 @@ def _written(path: Path, data: Buffer) -> Iterator[Path]:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,16 +1,32 @@
 """Settings of `karmma distill`: the end-to-end student and what it learns from."""
 
-from pydantic import field_validator
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
 
 from ..data.config import Names, Theta, ours, paper
 from ..data.modality import in_order
 from ..extract.config import BackboneConfig, backbone
 from ..fuse.config import Missing, TrainingConfig
 
+NO_TEACHER = "none"
+
+
+# What the paper's models to compare with are, beside the student itself (Tab. 1 and 3).
+VARIANTS = {
+    "karmma": {},
+    "delta": {"teacher": NO_TEACHER},
+    "dropout": {"teacher": NO_TEACHER, "missing": "ignore"},
+    "baseline": {"teacher": NO_TEACHER, "missing": "ignore", "modality_dropout": 0.0},
+}
+
 
 class StudentConfig(TrainingConfig):
     """The student: small trained backbones, a smaller fusion block, and the distillation."""
 
+    variant: Literal["karmma", "delta", "dropout", "baseline"] = paper(
+        "karmma", "the student, or without teacher, also without learned tokens, also without dropout", "Tab. 1 and 3"
+    )
     modalities: Names | None = ours(None, "the student's modalities; none: those of the data", "sec. 3.2")
     teacher: str | None = ours(
         None, "digest of the cached teacher, or 'none' for the paper's Baseline", "one teacher is the rule"
@@ -34,10 +50,30 @@ class StudentConfig(TrainingConfig):
     gamma: float = paper(0.7, "weight of cross-entropy in Eq. 5", "sec. 4", ge=0)
     kl_lambda: float = paper(0.3, "weight of KL in Eq. 5 (lambda)", "sec. 4", ge=0)
     temperature: float = paper(1.0, "temperature of KL", "Eq. 4 has none", gt=0)
+    accumulate: int = ours(1, "parts that a batch is computed in, one after the other, for small GPUs", "speed", ge=1)
+    recompute: bool = ours(
+        False, "compute layers of backbones again in the backward pass, not keep them, for small GPUs", "speed"
+    )
     readers: int = ours(2, "processes that read clips", "two cores", ge=1)
     input_cache_mb: int = ours(
         2048, "memory for decoded clips, so that later epochs need no decoding", "8 GB PCs", ge=0
     )
+    decoded_gb: float = ours(
+        0.0, "gigabytes of decoded clips kept in data.inputs, for later epochs and runs", "disks are not ours", ge=0
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _varied(cls, given: Any) -> Any:
+        """Fill in what a variant means; none of it may be asked for otherwise."""
+        if not isinstance(given, dict):
+            return given
+        variant = given.get("variant")
+        meant = VARIANTS.get(variant, {}) if isinstance(variant, str) else {}
+        for name, value in meant.items():
+            if given.get(name, value) not in (value, str(value)):
+                raise ValueError(f"variant {variant} means {name} {value}, found {given[name]}; leave one of them out")
+        return {**given, **meant}
 
     @field_validator("modalities")
     @classmethod

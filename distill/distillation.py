@@ -1,6 +1,8 @@
 """The student's training: raw clips beside cached teacher logits, Eq. 5 with modality dropout."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -10,20 +12,28 @@ from torch import Tensor, nn
 from ..data.annotations import ClipTable
 from ..data.batches import plan_epoch
 from ..data.config import DataConfig
+from ..data.decoded import DecodedClips
 from ..data.device import arithmetic
+from ..data.modality import letters
 from ..data.progress import watched
 from ..data.runs import RunFolder
 from ..fuse.loop import fit
-from ..fuse.losses import cross_entropy
+from ..fuse.losses import count_labels, cross_entropy
 from ..fuse.metrics import accuracy
-from ..fuse.training import begin, prepare, usable_rows
+from ..fuse.ranks import is_first, merged, n_ranks, over_ranks, own_part, wait
+from ..fuse.seeds import clip_seeds
+from ..fuse.training import begin, usable_rows
 from .config import StudentConfig
-from .dropout import modality_dropout
+from .dropout import seeded_dropout
 from .evaluate import subset_logits
-from .losses import kl_divergence
+from .losses import count_clips, kl_divergence
+from .recompute import recompute_blocks
 from .stream import ClipBatch, ClipStream
 from .student import build_student
 from .teacher import CachedTeacher
+
+# A batch of a plan: rows [B] of the clip table, and which modalities [B, M] of them a step takes.
+Drawn = tuple[np.ndarray, np.ndarray]
 
 
 class Distillation:
@@ -36,74 +46,133 @@ class Distillation:
         config: StudentConfig,
         teacher: CachedTeacher,
         present: np.ndarray | None,
+        device: torch.device,
     ) -> None:
-        self.config, self.teacher, self.data = config, teacher, data
-        self.device = prepare(config)
+        """present: [N, M] which modalities each clip has; None finds out by reading every clip."""
+        self.config, self.teacher, self.table, self.device = config, teacher, table, device
         self.labels = {head: torch.from_numpy(table.labels(head)) for head in data.heads}
         n_classes = {head: len(table.classes(head)) for head in data.heads}
-        self.student = build_student(data, config, n_classes).to(self.device)
+        self.student = build_student(data, config, n_classes).to(device)
+        for backbone in self.student.backbones.values() if config.recompute else ():
+            recompute_blocks(backbone)
         if config.compile:
             self.student.compile()
-        self.stream = ClipStream(
-            table,
-            data,
-            self.student.modalities,
-            readers=config.readers,
-            cache_mb=config.input_cache_mb,
-            allow_failures=config.allow_failures,
-        )
-        if present is None:  # test clips are none of a training's business
-            rows = np.flatnonzero(table.split != "test")
-            present = np.zeros((table.n_clips, len(self.student.modalities)), bool)
-            with watched("survey", len(rows), "clips") as progress:
-                present[rows] = self.stream.survey(rows, progress.advance)
-        self.present = present
-        self.rows = usable_rows(table, data.heads, present)
+        self._stack, self._plan = ExitStack(), (-1, [])
+        self.stream = self._stack.enter_context(self._open_stream(data))
+        self.present = self._survey() if present is None else present
+        self.rows = usable_rows(table, data.heads, self.present)
         self.steps_per_epoch = -(-len(self.rows["train"]) // config.batch_size)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stream.__exit__()
+        self._stack.close()
+
+    def _open_stream(self, data: DataConfig) -> ClipStream:
+        decoded, limit = None, round(self.config.decoded_gb * 1e9)
+        if limit:
+            decoded = DecodedClips(self.table, data, self.student.modalities, limit, n_ranks())
+            self._stack.enter_context(decoded)
+        return ClipStream(
+            self.table,
+            data,
+            self.student.modalities,
+            readers=self.config.readers,
+            cache_mb=self.config.input_cache_mb,
+            allow_failures=self.config.allow_failures,
+            decoded=decoded,
+            pin=self.device.type == "cuda",
+        )
+
+    def _survey(self) -> np.ndarray:
+        """Find out by reading which modalities each clip has, [N, M] bool."""
+        # Test clips are none of a training's business.
+        rows = np.flatnonzero(self.table.split != "test")
+        present = np.zeros((self.table.n_clips, len(self.student.modalities)), bool)
+        own = own_part(rows)
+        with watched("survey", len(own), "clips") as progress:
+            found = torch.from_numpy(self.stream.survey(own, progress.advance))
+        present[rows] = over_ranks(found.to(self.device)).cpu().numpy()
+        return present
 
     def train(self, run: RunFolder, described: dict[str, Any]) -> None:
-        """Train and mark the run as finished."""
+        """Train, or go on, and mark the run as finished."""
         self.teacher.require(self.rows["train"])
-        with run.held():
+        with run.held() if is_first() else nullcontext():
             training = begin(self.student, self, self.config, run, described)
             fit([training])
             training.finish()
-            run.finish({**training.result, "failed": self.stream.failed})
+            failed = merged(self.stream.failed, self.device)
+            if is_first():
+                run.finish({**training.result, "failed": failed})
+            wait()
 
-    def masks(self, epoch: int) -> np.ndarray:
-        """Return which modalities of each clip an epoch uses, [N, M] bool, from seed, epoch and place alone."""
-        rows, out = self.rows["train"], self.present.copy()
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        out[rows] = modality_dropout(
-            torch.from_numpy(self.present[rows]), self.config.modality_dropout, generator
-        ).numpy()
-        return out
+    def plan(self, epoch: int) -> list[Drawn]:
+        """Return the clips of each step of an epoch, and which modalities of them: from (seed, step, clip) alone."""
+        if self._plan[0] != epoch:
+            order = plan_epoch(self.rows["train"], self.config.batch_size, self.config.seed, epoch)
+            first = epoch * self.steps_per_epoch
+            self._plan = epoch, [(rows, self._drawn(rows, first + at)) for at, rows in enumerate(order)]
+        return self._plan[1]
+
+    def _drawn(self, rows: np.ndarray, step: int) -> np.ndarray:
+        """Return which modalities [B, M] of the clips are left after modality dropout."""
+        present = torch.from_numpy(self.present[rows])
+        return seeded_dropout(present, self.config.modality_dropout, self._seeds(rows, step)).numpy()
+
+    def _seeds(self, rows: np.ndarray, step: int) -> list[int]:
+        return clip_seeds(self.config.seed, step, self.table.clip_ids[rows].tolist())
+
+    def about(self, epoch: int) -> dict[str, Any]:
+        """Return how many clips were seen in which modalities, and a digest of (clip, modalities) in their order."""
+        rows, wanted = (np.concatenate(each) for each in zip(*self.plan(epoch), strict=True))
+        sets, counts = np.unique(wanted, axis=0, return_counts=True)
+        names = [letters([m for m, has in zip(self.student.modalities, one, strict=True) if has]) for one in sets]
+        text = "\n".join(self.table.clip_ids[rows].tolist()).encode() + wanted.tobytes()
+        masks = dict(zip(names, counts.tolist(), strict=True))
+        return {"masks": masks, "masks_digest": hashlib.sha256(text).hexdigest()[:16]}
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[ClipBatch]:
-        """Yield an epoch's batches from step `first` on; a dropped modality is neither decoded nor run."""
-        masks, view = self.masks(epoch), epoch % self.teacher.n_views
-        plan = plan_epoch(self.rows["train"], self.config.batch_size, self.config.seed, epoch)[first:]
-        return self.stream.batches([(rows, masks[rows]) for rows in plan], view)
+        """Yield this rank's parts of an epoch's batches from step `first` on, in view epoch mod V.
 
-    def losses(self, batch: ClipBatch, step: int = 0) -> dict[str, Tensor]:
-        """Return Eq. 5: gamma CE + lambda KL, and its parts; without a teacher, CE alone."""
-        inputs = {modality: values.to(self.device) for modality, values in batch.inputs.items()}
+        A dropped modality is neither decoded nor run.
+        """
+        plan = [(own_part(rows), own_part(wanted)) for rows, wanted in self.plan(epoch)[first:]]
+        return self.stream.batches(plan, epoch % self.teacher.n_views)
+
+    def learn(self, batch: ClipBatch, step: int) -> dict[str, Tensor]:
+        """Take the gradients of Eq. 5, one part of the batch after the other; return its parts."""
+        totals = count_labels(self._labels(batch.rows)), count_clips(batch.rows, self.device)
+        names = ("loss", "ce", "kl") if self.teacher.store else ("loss", "ce")
+        sums = {name: torch.zeros((), device=self.device) for name in names}
+        for part in batch.parts(self.config.accumulate) if len(batch.rows) else ():
+            found = self.losses(part, step, *totals)
+            found["loss"].backward()
+            for name, value in found.items():
+                sums[name] += value.detach()
+        return sums
+
+    def losses(
+        self, batch: ClipBatch, step: int = 0, n_labelled: Tensor | None = None, n_clips: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return Eq. 5: gamma CE + lambda KL, and its parts; without a teacher, CE alone.
+
+        n_labelled, n_clips: those of a whole batch, of which this is a part.
+        """
+        inputs = {modality: values.to(self.device, non_blocking=True) for modality, values in batch.inputs.items()}
         with arithmetic(self.config.precision, self.device):
-            output = self.student(inputs, batch.present.to(self.device))
-        labels = {head: values[batch.rows].to(self.device) for head, values in self.labels.items()}
-        ce = cross_entropy(output.logits, labels)
+            output = self.student(inputs, batch.present.to(self.device), self._seeds(batch.rows, step))
+        ce = cross_entropy(output.logits, self._labels(batch.rows), n_labelled)
         cached = self.teacher.logits(batch.rows, batch.view)
         if cached is None:
             return {"loss": ce, "ce": ce}
         targets = {head: torch.from_numpy(values).to(self.device) for head, values in cached.items()}
-        kl = kl_divergence(output.logits, targets, self.config.temperature)
+        kl = kl_divergence(output.logits, targets, self.config.temperature, n_clips)
         return {"loss": self.config.gamma * ce + self.config.kl_lambda * kl, "ce": ce, "kl": kl}
+
+    def _labels(self, rows: np.ndarray) -> dict[str, Tensor]:
+        return {head: values[rows].to(self.device) for head, values in self.labels.items()}
 
     def validate(self, models: Sequence[nn.Module]) -> list[dict[str, float]]:
         """Return accuracy by head and action, and cross-entropy, of the clean validation clips, all modalities in."""
@@ -111,7 +180,8 @@ class Distillation:
 
     def _validated(self, model: nn.Module) -> dict[str, float]:
         every = self.student.modalities
-        found = subset_logits(model, self.stream, self.rows["val"], [every], self.device)
-        labels = {head: values[found.rows] for head, values in self.labels.items()}
-        logits = found.logits[every]
+        found = subset_logits(model, self.stream, own_part(self.rows["val"]), [every], self.device)
+        rows = over_ranks(torch.from_numpy(found.rows).to(self.device)).cpu()
+        logits = {head: over_ranks(part.to(self.device)).cpu() for head, part in found.logits[every].items()}
+        labels = {head: values[rows] for head, values in self.labels.items()}
         return {**accuracy(logits, labels), "loss": cross_entropy(logits, labels).item()}

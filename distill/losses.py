@@ -1,6 +1,6 @@
 """What the student learns from the teacher: its class probabilities, head by head."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +10,23 @@ from ..data.errors import ConfigError
 from ..fuse.ranks import n_ranks, summed
 
 
-def kl_divergence(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
+def count_clips(rows: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Return how many clips the batch has over all ranks."""
+    return summed(torch.tensor(len(rows), device=device))
+
+
+def kl_divergence(
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    temperature: float = 1.0,
+    n_clips: Tensor | None = None,
+) -> Tensor:
     """Return KL(teacher || student), mean over clips and heads, times temperature squared; float32 or better.
 
     student, teacher: head -> [B, N_h] logits. The student's heads count; no gradient reaches the teacher. Equal logits
     give 0. Where several ranks train, clips are counted over all of them, so that the mean of their losses is that of
-    the whole batch.
+    the whole batch.  n_clips: what `count_clips` says of a whole batch; these clips are then a part of it, and the
+    losses of all parts add up to the whole one's.
     Raises ConfigError if temperature <= 0, ValueError if a head of the student has no equal in the teacher.
     Source: KARMMA eq. 4; the factor keeps the gradient's size when the temperature changes (Hinton et al., 2015).
     """
@@ -28,7 +39,8 @@ def kl_divergence(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], 
             raise ValueError(f"KL: teacher logits of {head!r} are {shape}, expected {tuple(logits.shape)}.")
         ours, theirs = (_log_probs(each, temperature) for each in (logits, teacher[head].detach()))
         parts.append(F.kl_div(ours, theirs, reduction="sum", log_target=True))
-    n_clips = summed(torch.tensor(len(logits), device=logits.device))
+    if n_clips is None:
+        n_clips = count_clips(logits, logits.device)
     return torch.stack(parts).mean() * temperature**2 * n_ranks() / n_clips
 
 

@@ -15,11 +15,14 @@ from ..data.identity import input_identity
 from ..data.runs import RunFolder
 from ..fuse.config import NOT_DECISIVE as SHARED
 from ..fuse.stage import require_labels
-from .config import StudentConfig
+from .config import NO_TEACHER, StudentConfig
 from .results import Evaluation
-from .teacher import NO_TEACHER, CachedTeacher, find_teacher, known_present
+from .teacher import CachedTeacher, find_teacher, known_present
 
-NOT_DECISIVE = SHARED | {"teacher", "readers", "input_cache_mb"}
+NOT_DECISIVE = SHARED | {
+    *("variant", "teacher"),  # what they come to is said elsewhere
+    *("accumulate", "recompute", "readers", "input_cache_mb", "decoded_gb"),
+}
 
 
 @dataclass
@@ -48,11 +51,13 @@ def distill_student(table: ClipTable, data: DataConfig, config: StudentConfig) -
     modalities = config.modalities or data.modalities
     was_there = run.is_finished
     if not was_there:
+        from ..fuse.ranks import joined
+        from ..fuse.training import prepare
         from .distillation import Distillation
 
         present = known_present(cache, table, data, config)
-        with Distillation(table, data, config, teacher, present) as distillation:
-            distillation.train(run, described)
+        with joined(prepare(config)) as device, Distillation(table, data, config, teacher, present, device) as course:
+            course.train(run, described)
     return StudentReport(run.path, teacher.digest, modalities, run.result, was_there)
 
 

@@ -1,4 +1,4 @@
-"""Raw clips for the student: read ahead by reader processes, kept decoded in memory while there is room."""
+"""Raw clips for the student: read ahead by reader processes, kept decoded in memory and on disk while there is room."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.annotations import ClipTable
 from ..data.config import DataConfig
+from ..data.decoded import DecodedClips
 from ..data.errors import MediaError
 from ..data.media import Reading
 from ..data.modality import FAILED, PRESENT
@@ -27,20 +28,33 @@ class ClipBatch:
     """Raw arrays of B clips in one view.
 
     rows: [B] places in the clip table.  inputs: modality -> [n, ...] of the n clips that have it, in order.
-    present: [B, M] bool, columns in the order of the stream's modalities.
+    present: [B, M] bool, columns in the order of `modalities`.
     """
 
     rows: np.ndarray
     view: int
+    modalities: tuple[str, ...]
     inputs: dict[str, Tensor]
     present: Tensor
+
+    def parts(self, n: int) -> "list[ClipBatch]":
+        """Cut the batch into n parts of nearly as many clips each; fewer if it has fewer clips."""
+        found, last = [], 0
+        before = torch.cat([self.present.new_zeros(1, len(self.modalities)).long(), self.present.cumsum(0)]).tolist()
+        for rows in np.array_split(self.rows, min(n, len(self.rows)) or 1):
+            first, last = last, last + len(rows)
+            spans = zip(self.modalities, before[first], before[last], strict=True)
+            inputs = {modality: self.inputs[modality][start:stop] for modality, start, stop in spans if start < stop}
+            found.append(ClipBatch(rows, self.view, self.modalities, inputs, self.present[first:last]))
+        return found
 
 
 class ClipStream:
     """Reads the clips of a table as the views of `data` show them; used in a `with` block.
 
     A clip that fails is reported by name; more than `allow_failures` of them raise MediaError.  An allowed failure
-    is a missing modality, and a clip with nothing left leaves its batch.
+    is a missing modality, and a clip with nothing left leaves its batch.  decoded: where clips may lie decoded already,
+    and are kept.  pin: the batches go to a GPU.
     """
 
     def __init__(
@@ -52,9 +66,11 @@ class ClipStream:
         readers: int = 2,
         cache_mb: int = 0,
         allow_failures: int = 0,
+        decoded: DecodedClips | None = None,
+        pin: bool = False,
     ) -> None:
         self.table, self.data, self.modalities = table, data, tuple(modalities)
-        self.readers, self.allow_failures = readers, allow_failures
+        self.allow_failures, self.decoded, self.pin = allow_failures, decoded, pin
         self.failed: dict[str, str] = {}
         self._room, self._held = cache_mb * 2**20, {}
         self._pool = ReaderPool(readers, data)
@@ -93,16 +109,30 @@ class ClipStream:
         for row, wants in zip(rows.tolist(), wanted, strict=True):
             asked = [modality for modality, want in zip(self.modalities, wants, strict=True) if want]
             held = {m: self._held[row, view, m] for m in asked if (row, view, m) in self._held}
-            rest = tuple(modality for modality in asked if modality not in held)
-            due.append((row, held, bool(rest)))
+            begun = {m: self.decoded.read(row, view, m) for m in asked if self.decoded and m not in held}
+            stored = {modality: future for modality, future in begun.items() if future}
+            rest = tuple(modality for modality in asked if modality not in held and modality not in stored)
+            due.append((row, held, stored, bool(rest)))
             if rest:
                 orders.append((self.table.clip(row), view, rest))
         futures = iter(self._pool.submit(orders))
-        return [partial(self._received, row, view, held, next(futures) if rest else None) for row, held, rest in due]
+        return [
+            partial(self._received, row, view, held, stored, next(futures) if rest else None)
+            for row, held, stored, rest in due
+        ]
 
-    def _received(self, row: int, view: int, held: dict[str, Reading], rest: Future | None) -> dict[str, Reading]:
-        """Return the readings of a clip, and keep in memory what there is room for."""
-        read = rest.result() if rest else {}
+    def _received(
+        self, row: int, view: int, held: dict[str, Reading], stored: dict[str, Future], rest: Future | None
+    ) -> dict[str, Reading]:
+        """Return the readings of a clip, and keep in memory and on disk what there is room for."""
+        found = {modality: future.result() for modality, future in stored.items()}
+        damaged = tuple(modality for modality, array in found.items() if array is None)
+        again = self._pool.submit([(self.table.clip(row), view, damaged)])[0] if damaged else None
+        read = {name: reading for future in (rest, again) if future for name, reading in future.result().items()}
+        for modality, reading in read.items() if self.decoded else ():
+            if reading.array is not None:
+                self.decoded.keep(row, view, modality, reading.array)
+        read |= {m: Reading(PRESENT, array) for m, array in found.items() if array is not None}
         for modality, reading in read.items():
             size = 0 if reading.array is None else reading.array.nbytes
             if reading.state != FAILED and size <= self._room:
@@ -114,14 +144,16 @@ class ClipStream:
         for row, found in zip(rows, readings, strict=True):
             self._note_failures(str(self.table.clip_ids[row]), found)
         states = [[found[m].state if m in found else 0 for m in self.modalities] for found in readings]
-        present = np.array(states).reshape(len(rows), -1) == PRESENT
-        kept = present.any(axis=1) | ~np.array([any(r.state == FAILED for r in found.values()) for found in readings])
+        present = np.array(states).reshape(len(rows), len(self.modalities)) == PRESENT
+        failed = np.array([any(r.state == FAILED for r in found.values()) for found in readings], bool)
+        kept = present.any(axis=1) | ~failed
         inputs = {}
         for column, modality in enumerate(self.modalities):
             arrays = [readings[at][modality].array for at in np.flatnonzero(present[:, column])]
             if arrays:
-                inputs[modality] = torch.from_numpy(np.stack(arrays))
-        return ClipBatch(rows[kept], view, inputs, torch.from_numpy(present[kept]))
+                stacked = torch.from_numpy(np.stack(arrays))
+                inputs[modality] = stacked.pin_memory() if self.pin else stacked
+        return ClipBatch(rows[kept], view, self.modalities, inputs, torch.from_numpy(present[kept]))
 
     def _note_failures(self, clip_id: str, found: dict[str, Reading]) -> None:
         for modality, reading in found.items():

@@ -13,9 +13,7 @@ from ..data.identity import differences, input_identity
 from ..data.modality import PRESENT
 from ..data.selection import fitting_stores, n_missing
 from ..data.stores import LogitStore
-from .config import StudentConfig
-
-NO_TEACHER = "none"
+from .config import NO_TEACHER, StudentConfig
 
 
 class CachedTeacher:

@@ -13,18 +13,28 @@ ANCHOR = "video"
 UNLABELLED = -1
 
 
-def cross_entropy(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+def count_labels(labels: Mapping[str, Tensor]) -> Tensor:
+    """Return how many clips of the batch, over all ranks, are labelled in each head, [heads]; labels: head -> [B]."""
+    return summed(torch.stack([(values != UNLABELLED).sum() for values in labels.values()]))
+
+
+def cross_entropy(
+    logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], n_labelled: Tensor | None = None
+) -> Tensor:
     """Return the mean over heads of the mean cross-entropy over labelled clips, a scalar in float32 or better.
 
     logits: head -> [B, N_h].  labels: head -> [B] int64, -1 = unlabelled. A head without a labelled clip is left out of
     both the sum and the number of heads; if that is all of them the loss is 0, and its gradients are too. Where several
     ranks train, labels are counted over all of them, so that the mean of their losses is that of the whole batch.
+    n_labelled: [heads], what `count_labels` says of a whole batch; these clips are then a part of it, and the losses of
+    all parts add up to the whole one's.
     Raises ValueError if a head has no labels.  Source: KARMMA eq. 1, which leaves open how heads are weighted.
     """
     for head in logits:
         if head not in labels:
             raise ValueError(f"Cross-entropy: no labels of head {head!r}; found {', '.join(labels) or 'none'}.")
-    n_labelled = summed(torch.stack([(labels[head] != UNLABELLED).sum() for head in logits]))
+    if n_labelled is None:
+        n_labelled = count_labels({head: labels[head] for head in logits})
     total = 0.0
     for (head, scores), n in zip(logits.items(), n_labelled, strict=True):
         loss = F.cross_entropy(_precise(scores), labels[head], ignore_index=UNLABELLED, reduction="sum")

@@ -98,6 +98,16 @@ class Teacher:
         for batch in self.reader.batches([own_part(rows) for rows in plan], epoch % self.selection.n_views):
             yield on_device(batch, self.device)
 
+    def learn(self, batch: TokenBatch, step: int) -> dict[str, Tensor]:
+        """Take the gradients of Eq. 3; return its parts."""
+        parts = self.losses(batch, step)
+        parts["loss"].backward()
+        return parts
+
+    def about(self, epoch: int) -> dict[str, Any]:
+        """Add nothing to an epoch's record."""
+        return {}
+
     def losses(self, batch: TokenBatch, step: int = 0) -> dict[str, Tensor]:
         """Return Eq. 3: alpha CE + beta InfoNCE, and its parts."""
         tokens = averaged(batch, self.model)

@@ -31,12 +31,15 @@ class Course(Protocol):
     def batches(self, epoch: int, first: int) -> Iterable[Any]:
         """Yield the batches of an epoch from its step `first` on; of each batch, this rank's part."""
 
-    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
-        """Return the loss parts by name; 'loss' is the one to minimise.
+    def learn(self, batch: Any, step: int) -> dict[str, Tensor]:
+        """Add a batch's gradients to the model's; return the loss parts by name, 'loss' being what was minimised.
 
         Over several ranks, the mean of what they return is the loss of the whole batch.  step: counted from the start
         of the run, for what is drawn at random.
         """
+
+    def about(self, epoch: int) -> dict[str, Any]:
+        """Return what else belongs into an epoch's record."""
 
     def validate(self, models: Sequence[nn.Module]) -> list[dict[str, float]]:
         """Return each model's accuracies by head and of the action, and 'loss', on the validation split, never test."""
@@ -73,9 +76,8 @@ class Training:
         torch.manual_seed(clip_seeds(self.config.seed, step, [""])[0])
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
-        parts = self.course.losses(batch, step)
         self.optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()
+        parts = self.course.learn(batch, step)
         average_gradients(self.model)
         means, n_clips = _over_all(parts, len(batch.rows))
         if not math.isfinite(means["loss"]):
@@ -109,6 +111,7 @@ class Training:
         record = {"epoch": now.epoch, **{name: value / now.n_clips for name, value in now.sums.items()}}
         record["lr"] = self.rate((now.epoch + 1) * self.course.steps_per_epoch - 1)
         record["clips_per_s"], record["waiting_share"] = now.n_clips / now.seconds, now.waiting / now.seconds
+        record |= self.course.about(now.epoch)
         record["val"] = plain(val)
         best = record if not now.best or score(record["val"]) > score(now.best["val"]) else now.best
         if is_first():

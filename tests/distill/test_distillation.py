@@ -9,11 +9,14 @@ from karmma.data.errors import CacheError, IncompleteCacheError, RunError, Stale
 from karmma.data.identity import input_identity
 from karmma.data.runs import RunFolder
 from karmma.data.stores import LogitStore
+from karmma.distill.config import StudentConfig
 from karmma.distill.distillation import Distillation
+from karmma.distill.dropout import seeded_dropout
 from karmma.distill.losses import kl_divergence
-from karmma.distill.stage import distill_student, evaluate_student
+from karmma.distill.stage import describe_run, distill_student, evaluate_student
 from karmma.distill.teacher import CachedTeacher, find_teacher, known_present
 from karmma.fuse.losses import cross_entropy
+from karmma.fuse.seeds import clip_seeds
 
 N = 24
 WITH_TEACHER = {"teacher": None}
@@ -39,7 +42,7 @@ def add_teacher(data, table, name="t" * 16, n_views=2, seed=0, **attributes):
 def course(table, data, config):
     cache, logits = add_teacher(data, table)
     teacher = find_teacher(cache, table, data, config.model_copy(update=WITH_TEACHER))
-    with Distillation(table, data, config, teacher, present=None) as course:
+    with Distillation(table, data, config, teacher, present=None, device=torch.device("cpu")) as course:
         course.made = logits
         yield course
 
@@ -57,20 +60,31 @@ def test_loss_is_equation_5_on_the_logits_of_the_same_clip_and_view(course):
         assert parts["loss"].item() == pytest.approx(0.7 * ce.item() + 0.3 * kl.item(), abs=1e-5)
 
 
-def test_masks_come_from_seed_epoch_and_clip_and_keep_at_least_one(course):
-    first, again, other = course.masks(3), course.masks(3), course.masks(4)
-    train = course.rows["train"]
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-    assert first[train].any(axis=1).all()
-    assert not (first[train] & ~course.present[train]).any()
-    assert (first[train] != course.present[train]).any()
+def test_masks_come_from_seed_step_and_clip_and_keep_at_least_one(course):
+    for epoch in (3, 4, 3):
+        for at, (rows, wanted) in enumerate(course.plan(epoch)):
+            step = epoch * course.steps_per_epoch + at
+            alone = [seeded_dropout(torch.from_numpy(course.present[[row]]), 0.5, clip_seeds(0, step, [clip_id]))
+                     for row, clip_id in zip(rows, course.table.clip_ids[rows], strict=True)]  # fmt: skip
+            assert torch.cat(alone).numpy().tolist() == wanted.tolist()
+            assert wanted.any(axis=1).all()
+            assert not (wanted & ~course.present[rows]).any()
+
+
+def test_masks_are_logged_so_that_they_can_be_replayed(course):
+    told = course.about(1)
+    plan = course.plan(1)
+    assert sum(told["masks"].values()) == len(course.rows["train"])
+    (only_video,) = [n for name, n in told["masks"].items() if name == "V"]
+    assert only_video == sum((wanted == [True, False, False]).all(axis=1).sum() for _, wanted in plan)
+    assert course.about(2) != told
+    assert course.about(1) == told
 
 
 def test_batches_read_only_what_the_masks_keep(course):
-    masks = course.masks(0)
-    for batch in course.batches(0):
-        assert batch.present.tolist() == masks[batch.rows].tolist()
+    for batch, (rows, wanted) in zip(course.batches(0), course.plan(0), strict=True):
+        assert batch.rows.tolist() == rows.tolist()
+        assert batch.present.tolist() == wanted.tolist()
 
 
 def test_every_training_clip_is_seen_once_an_epoch(course):
@@ -88,7 +102,8 @@ def test_missing_logits_of_a_clip_and_view_raise(course, table):
 
 
 def test_without_teacher_the_loss_is_cross_entropy_alone(table, data, config):
-    with Distillation(table, data, config, CachedTeacher(None, np.arange(N)), present=None) as course:
+    none = CachedTeacher(None, np.arange(N))
+    with Distillation(table, data, config, none, present=None, device=torch.device("cpu")) as course:
         parts = course.losses(next(iter(course.batches(0))))
     assert set(parts) == {"loss", "ce"}
     assert parts["loss"] is parts["ce"]
@@ -172,3 +187,25 @@ def test_run_of_a_teacher_cannot_be_evaluated_as_a_student(table, tmp_path):
     run.finish({})
     with pytest.raises(RunError, match="a teacher's run, expected a student's"):
         evaluate_student(run, table, "test", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("karmma", {}),
+        ("delta", {"teacher": "none"}),
+        ("dropout", {"teacher": "none", "missing": "ignore"}),
+        ("baseline", {"teacher": "none", "missing": "ignore", "modality_dropout": 0.0}),
+    ],
+)
+def test_variant_is_the_same_run_as_its_options(table, data, variant, options):
+    none = CachedTeacher(None, np.arange(N))
+    named, spelled = StudentConfig(variant=variant), StudentConfig(**options)
+    assert describe_run(table, data, named, none) == describe_run(table, data, spelled, none)
+    assert named.teacher == spelled.teacher
+
+
+def test_variant_that_is_contradicted_is_refused():
+    with pytest.raises(ValueError, match=r"variant baseline means modality_dropout 0\.0, found 0\.5"):
+        StudentConfig(variant="baseline", modality_dropout=0.5)
+    assert StudentConfig(variant="delta", missing="B.2").missing == "B.2"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from karmma.data.clips import read_clip_table
+from karmma.data.decoded import DecodedClips
 from karmma.data.errors import MediaError
 from karmma.data.raw import read_clip
 from karmma.data.readers import ReaderPool
@@ -116,3 +117,36 @@ def test_survey_tells_what_every_clip_has(table, data, open_stream):
         clip = table.clip(row)
         states = read_clip(clip, draw_view(clip.clip_id, 0, data), M, data)
         assert found[row].tolist() == [states[m].state == 1 for m in M]
+
+
+def test_clips_decoded_in_an_earlier_run_are_read_from_disk_and_equal(table, data, tmp_path, open_stream, submitted):
+    data = data.model_copy(update={"inputs": tmp_path / "inputs"})
+    plan = [(np.arange(6), np.ones((6, 3), bool))]
+    (plain,) = open_stream(table, data, M).batches(plan, 1)
+    for _ in range(2):
+        with DecodedClips(table, data, M, 10**9) as decoded:
+            (first,) = open_stream(table, data, M, decoded=decoded).batches(plan, 1)
+            decoded._threads.shutdown(wait=True)
+        assert all(torch.equal(first.inputs[m], plain.inputs[m]) for m in M)
+        assert torch.equal(first.present, plain.present)
+    assert len(submitted) == 12  # of the plain reading, and of the first that keeps
+    for path in [path for path in data.inputs.rglob("*.npy") if path.stat().st_size > 1000][:2]:
+        path.write_bytes(path.read_bytes()[:-1])
+    with DecodedClips(table, data, M, 10**9) as decoded:
+        (again,) = open_stream(table, data, M, decoded=decoded).batches(plan, 1)
+    assert len(submitted) == 14
+    assert all(torch.equal(again.inputs[m], plain.inputs[m]) for m in M)
+
+
+def test_parts_of_a_batch_hold_its_clips_in_order(table, data, open_stream):
+    wanted = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 1], [1, 1, 0]], bool)
+    (batch,) = open_stream(table, data, M).batches([(np.arange(5), wanted)], 0)
+    assert [part.rows.tolist() for part in batch.parts(2)] == [[0, 1, 2], [3, 4]]
+    assert [len(batch.parts(n)) for n in (1, 5, 9)] == [1, 5, 5]
+    for n in (1, 2, 5):
+        parts = batch.parts(n)
+        assert torch.equal(torch.cat([part.present for part in parts]), batch.present)
+        for m in M:
+            pieces = [part.inputs[m] for part in parts if m in part.inputs]
+            assert torch.equal(torch.cat(pieces), batch.inputs[m])
+            assert all((m in part.inputs) == bool(part.present[:, M.index(m)].any()) for part in parts)

@@ -22,10 +22,15 @@ class Line:
         for step in range(first, self.steps_per_epoch):
             yield type("Batch", (), {"rows": [0, 1], "x": torch.tensor([[1.0 + step], [-2.0]])})
 
-    def losses(self, batch, step):
+    def learn(self, batch, step):
         self.seen += 1
-        loss = ((self.model(batch.x) - 2 * batch.x) ** 2).mean()
-        return {"loss": loss * (float("nan") if self.seen == self.poison_at else 1), "mse": loss.detach()}
+        mse = ((self.model(batch.x) - 2 * batch.x) ** 2).mean()
+        loss = mse * (float("nan") if self.seen == self.poison_at else 1)
+        loss.backward()
+        return {"loss": loss, "mse": mse}
+
+    def about(self, epoch):
+        return {"told": epoch * 10}
 
     def validate(self, models):
         losses = [(model.weight - 2).abs().item() for model in models]
@@ -60,6 +65,7 @@ def test_record_holds_the_rate_of_the_last_step_and_the_mean_of_every_loss_part(
         settings = {"max_lr": 0.3, "min_lr": 1e-3, "warmup_epochs": 3, "epochs": 30}
         assert record["lr"] == pytest.approx(learning_rate(step, 4, **settings))
         assert record["loss"] == pytest.approx(record["mse"])
+        assert record["told"] == record["epoch"] * 10
         assert record["clips_per_s"] > 0
 
 
