@@ -162,7 +162,7 @@ class ClipStream:
             self.failed[clip_id] = reading.reason
             if len(self.failed) > self.allow_failures:
                 raise MediaError(
-                    f"{clip_id}: {modality} failed: {reading.reason}. Mend or remove the clip, or allow "
+                    f"{clip_id}: {modality} failed: {reading.reason.rstrip('.')}. Mend or remove the clip, or allow "
                     f"it to lack this modality with --allow-failures {len(self.failed)}."
                 )
             logger.warning("%s: %s failed and is treated as missing: %s", clip_id, modality, reading.reason)

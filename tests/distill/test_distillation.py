@@ -7,6 +7,7 @@ from karmma.data.cache import Cache
 from karmma.data.clips import read_clip_table
 from karmma.data.errors import CacheError, IncompleteCacheError, RunError, StaleCacheError
 from karmma.data.identity import input_identity
+from karmma.data.readers import ReaderPool
 from karmma.data.runs import RunFolder
 from karmma.data.stores import LogitStore
 from karmma.distill.config import StudentConfig
@@ -107,6 +108,44 @@ def test_without_teacher_the_loss_is_cross_entropy_alone(table, data, config):
         parts = course.losses(next(iter(course.batches(0))))
     assert set(parts) == {"loss", "ce"}
     assert parts["loss"] is parts["ce"]
+
+
+@pytest.mark.parametrize("how", [{"accumulate": 3}, {"accumulate": 9}, {"recompute": True}], ids=str)
+def test_small_memory_gives_the_gradients_of_the_whole_batch(course, table, data, config, how):
+    cached = course.teacher
+    with Distillation(table, data, config.model_copy(update=how), cached, course.present, course.device) as other:
+        other.student.load_state_dict(course.student.state_dict())
+        batch = next(iter(course.batches(1)))
+        found = []
+        for one in (course, other):
+            one.student.train()
+            parts = one.learn(batch, 7)
+            found.append((parts, {name: p.grad for name, p in one.student.named_parameters() if p.grad is not None}))
+    (whole, gradients), (parts, of_parts) = found
+    for name, value in whole.items():
+        assert parts[name].item() == pytest.approx(value.item(), abs=1e-5)
+    assert gradients.keys() == of_parts.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(of_parts[name], gradient, atol=1e-5), name
+
+
+def test_batch_without_a_clip_has_no_loss_and_no_gradient(course):
+    (batch,) = course.stream.batches([(np.arange(0), np.zeros((0, 3), bool))], 0)
+    assert {name: value.item() for name, value in course.learn(batch, 0).items()} == {"loss": 0, "ce": 0, "kl": 0}
+    assert all(p.grad is None for p in course.student.parameters())
+
+
+def test_decoded_clips_serve_the_next_run_to_the_same_bytes(table, data, config, tmp_path, monkeypatch):
+    plain = distill_student(table, data, config).run
+    keeping = config.model_copy(update={"decoded_gb": 1.0})
+    asked, submit = [], ReaderPool.submit
+    monkeypatch.setattr(ReaderPool, "submit", lambda self, orders: asked.extend(orders) or submit(self, orders))
+    for name in ("first", "second"):
+        there = data.model_copy(update={"runs": tmp_path / name, "inputs": tmp_path / "inputs"})
+        again = distill_student(table, there, keeping).run
+        assert (again / "best.safetensors").read_bytes() == (plain / "best.safetensors").read_bytes()
+        assert bool(asked) == (name == "first")
+        asked.clear()
 
 
 def test_stage_trains_evaluates_and_does_neither_twice(table, data, config):

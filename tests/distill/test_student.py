@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from karmma.data.theta import theta_average
+from karmma.distill.clip_dropout import seed_clips
 from karmma.distill.evaluate import subset_logits
 from karmma.distill.stream import ClipStream
 from karmma.distill.student import build_student
 from karmma.extract.backbones import BACKBONES
 from karmma.fuse.losses import cross_entropy
+from karmma.fuse.seeds import clip_seeds
 
 M = ("video", "audio", "detections")
 PRESENT = torch.tensor([[True, False, True], [False, True, False], [True, True, True], [False, False, True]])
@@ -28,17 +30,24 @@ def student(data, config):
     return build_student(data, config, {"verb": 4, "noun": 6})
 
 
-def plain(student, inputs, present):
+def plain(student, inputs, present, seeds):
     """Run every backbone on every clip, then mask: the slow and obvious way."""
-    tokens = {m: theta_average(student.backbones[m](inputs[m]), student.theta) for m in M}
-    return student.fusion(tokens, present)
+    tokens = {}
+    for m in M:
+        seed_clips(student.backbones[m], seeds)
+        tokens[m] = theta_average(student.backbones[m](inputs[m]), student.theta)
+    return student.fusion(tokens, present, seeds)
 
 
-def test_running_present_clips_only_equals_the_plain_way_with_gradients(student, batch):
-    student.eval()  # STLT's dropout would draw other numbers for other batch sizes
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("missing", ["ignore", "B.1", "B.2", "B.3", "B.4", "B.5"])
+def test_running_present_clips_only_equals_the_plain_way_with_gradients(data, config, batch, missing, training):
+    numbers = {"missing": missing, "attention_dropout": 0.2}
+    student = build_student(data, config.model_copy(update=numbers), {"verb": 4, "noun": 6}).train(training)
     dropped = {m: batch.inputs[m][PRESENT[:, column]] for column, m in enumerate(M)}
+    seeds = clip_seeds(0, 5, ["a", "b", "c", "d"])
     results = []
-    for output in (student(dropped, PRESENT), plain(student, batch.inputs, PRESENT)):
+    for output in (student(dropped, PRESENT, seeds), plain(student, batch.inputs, PRESENT, seeds)):
         student.zero_grad()
         loss = sum((logits**2).sum() for logits in output.logits.values())
         loss.backward()
