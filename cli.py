@@ -15,7 +15,18 @@ import typer
 from rich.table import Table
 
 from .cli_cache import cache_app
-from .cli_options import INTERRUPTED, SOME_FAILED, Settings, complain, out, sample_data, tell, tell_some, with_options
+from .cli_options import (
+    DAMAGED,
+    INTERRUPTED,
+    SOME_FAILED,
+    Settings,
+    complain,
+    out,
+    sample_data,
+    tell,
+    tell_some,
+    with_options,
+)
 from .cli_report import report
 from .cli_sweep import sweep
 from .data.annotations import SPLITS
@@ -81,13 +92,40 @@ def teach(*, settings: Settings) -> None:
 
 @app.command("distill")
 @with_options("data", "student")
-def distil(*, settings: Settings) -> None:
+def distil(
+    *,
+    settings: Settings,
+    n_checked: Annotated[
+        int | None,
+        typer.Option(
+            "--check-teacher", min=1, help="train nothing; hold cached logits of n clips against a live teacher"
+        ),
+    ] = None,
+) -> None:
     """Train the end-to-end student on raw clips beside the cached teacher."""
+    if n_checked:
+        raise typer.Exit(_check_teacher(settings, n_checked))
     report = distill_student(settings.table(), settings.data, settings.student)
     tell(f"Modalities: {letters(report.modalities)}, teacher: {report.teacher}")
     print_result(report.run, report.result, report.was_there)
     tell_some([f"allowed to fail: {clip_id}: {reason}" for clip_id, reason in report.result["failed"].items()])
     tell(f"Wrote {report.run}. Next: karmma evaluate {report.run}")
+
+
+def _check_teacher(settings: Settings, n_clips: int) -> int:
+    """Say how far cached logits are from those of a live teacher on some clips; return the exit code."""
+    from .distill.live import check_teacher
+
+    found = check_teacher(settings.table(), settings.data, settings.extract, settings.student, n_clips)
+    out.print(
+        f"{found.teacher}: {found.n_clips} clips replayed, largest difference {found.error:.1e} of logits up to "
+        f"{found.largest:.1f}, {found.n_agree} of {found.n_answers} first classes the same",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if not found.is_near:
+        tell("More than rounding: clips, or what reads them, have changed. Run karmma extract and train-teacher again.")
+    return 0 if found.is_near else DAMAGED
 
 
 def print_result(run: Path, result: dict[str, Any], was_there: bool) -> None:
