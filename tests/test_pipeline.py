@@ -92,7 +92,9 @@ def test_options_override_the_settings_and_are_saved_with_the_run(home):
     assert len(config["teacher"]) == 16
     lines = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
-    assert {"loss", "ce", "kl", "lr", "clips_per_s", "waiting_share", "val"} <= set(lines[0])
+    assert {"loss", "ce", "kl", "lr", "clips_per_s", "waiting_share", "val", "masks_digest"} <= set(lines[0])
+    table = (home / "karmma-sample" / "clips.csv").read_text()
+    assert sum(lines[0]["masks"].values()) == table.count(",train,")
 
 
 @pytest.mark.slow
@@ -118,6 +120,16 @@ def test_student_of_one_modality_without_teacher_trains(home):
     done = karmma(home, "distill", *options)
     assert done.returncode == 0, done.stderr
     assert "Modalities: D, teacher: none" in done.stderr
+
+
+@pytest.mark.slow
+def test_cached_teacher_is_checked_against_a_live_one(home):
+    before = files(home)
+    done = karmma(home, "distill", "--check-teacher", "7")
+    assert done.returncode == 0, done.stderr
+    assert "7 clips replayed, largest difference" in done.stdout
+    assert "14 of 14 first classes the same" in done.stdout
+    assert files(home) == before
 
 
 def shard_bytes(cache: Path) -> dict[str, bytes]:
