@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from .cli_cache import cache_app
+from .cli_evaluate import evaluate
 from .cli_options import (
     DAMAGED,
     INTERRUPTED,
@@ -35,8 +36,7 @@ from .data.errors import KarmmaError, is_memory_short, memory_short
 from .data.modality import letters
 from .data.places import storage_errors
 from .data.progress import watched
-from .data.runs import RunFolder, latest_run
-from .distill.stage import distill_student, evaluate_student
+from .distill.stage import distill_student
 from .extract.stage import extract_tokens
 from .fuse.stage import train_teacher
 
@@ -47,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command("evaluate")(evaluate)
 app.command("report")(report)
 app.command("sweep")(sweep)
 
@@ -137,40 +138,6 @@ def print_result(run: Path, result: dict[str, Any], was_there: bool) -> None:
     numbers = ["-" if result["val"][name] is None else f"{100 * result['val'][name]:.1f}" for name in names]
     table.add_row(run.name, f"{result['parameters'] / 1e6:.2f}", str(result["epoch"]), *numbers)
     out.print(table)
-
-
-@app.command("evaluate")
-@with_options("data.table", "data.runs")
-def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="run folder of a student (default: the latest)")] = None,
-    *,
-    settings: Settings,
-    split: Annotated[str, typer.Option(help="train, val or test")] = "test",
-    device: Annotated[str, typer.Option(help="torch device")] = "auto",
-) -> None:
-    """Print accuracy by head and action for every subset of modalities; write CSV, JSON and a report."""
-    folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
-    tell(f"Run: {folder.path}")
-    table = settings.table(tuple(folder.config["classes"]))
-    if table.content_digest() != folder.config["clips"]:
-        tell(f"{table.path} is not, or no longer, the table that this run was trained from; evaluating on it as it is.")
-    evaluation, files, was_there = evaluate_student(folder, table, split, device)
-    if was_there:
-        tell("Nothing to do: this was evaluated already.")
-    n_clips = evaluation.rows[0].n_clips
-    title = (
-        f"{evaluation.split}, {n_clips} clips: accuracy in percent and its lower 95 percent bound\n"
-        "complete: clips that have every modality of the subset"
-    )
-    shown = Table("subset", "complete", *evaluation.majority, title=title, title_justify="left")
-    for row in evaluation.rows:
-        numbers = [f"{100 * value:.1f} ({100 * row.low[head]:.1f})" for head, value in row.accuracy.items()]
-        shown.add_row(row.subset, str(row.n_complete), *numbers)
-    shown.add_row("majority class", "", *(f"{100 * value:.1f}" for value in evaluation.majority.values()), style="dim")
-    out.print(shown)
-    tell_some([f"failed: {clip_id}: {reason}" for clip_id, reason in evaluation.failed.items()])
-    tell("Results: " + ", ".join(str(path) for path in files))
-    raise typer.Exit(SOME_FAILED if evaluation.failed else 0)
 
 
 @app.command("check")

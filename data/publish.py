@@ -3,11 +3,12 @@
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import ENOTDIR, ENOTSUP, EOPNOTSUPP, EPERM
 from pathlib import Path
@@ -170,6 +171,11 @@ def _written(path: Path, data: Buffer, durable: bool = True) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def plain(found: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the numbers as JSON can hold them: what could not be measured (NaN) becomes None."""
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def publish_json(path: Path, value: Any) -> None:

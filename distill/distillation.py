@@ -25,8 +25,8 @@ from ..fuse.seeds import clip_seeds
 from ..fuse.training import begin, usable_rows
 from .config import StudentConfig
 from .dropout import seeded_dropout
-from .evaluate import subset_logits
 from .losses import count_clips, kl_divergence
+from .predictions import subset_logits
 from .recompute import recompute_blocks
 from .stream import ClipBatch, ClipStream
 from .student import build_student

@@ -1,107 +1,94 @@
-"""Accuracy over every subset of modalities: each backbone once per clip, the fusion block once per subset."""
+"""Run a finished student or teacher over a split, under every subset of its modalities."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from pathlib import Path
 
 from ..data.annotations import ClipTable
+from ..data.batches import TokenReader
+from ..data.cache import Cache, table_digests
+from ..data.config import Place, digest
 from ..data.device import choose_device
-from ..data.errors import MediaError, TableError
-from ..data.modality import letters, subsets
+from ..data.errors import IncompleteCacheError, MediaError, TableError
+from ..data.modality import in_order, subsets
 from ..data.progress import watched
 from ..data.runs import RunFolder
-from ..fuse.logits import joined_logits
-from ..fuse.metrics import accuracy, majority, wilson_bounds
-from .model import ClipModel
-from .results import Evaluation, SubsetRow
+from ..data.stores import TokenStore
+from ..fuse.logits import load_teacher
+from .predictions import Predictions, averaged_over, subset_logits, teacher_logits
+from .results import Asked
 from .stream import ClipStream
 from .student import load_student
 
-BATCH = 16
 
+def predict_run(run: RunFolder, table: ClipTable, cache: Place, asked: Asked, path: Path) -> Predictions:
+    """Return logits of every clip of a split, labelled or not, under every subset of the run's modalities.
 
-@dataclass(frozen=True)
-class Predictions:
-    """Logits of n clips by subset and head, on the CPU.
-
-    rows: [n] places in the clip table, without clips that failed.  present: [n, M] bool.
-    logits: subset -> head -> [n, N_h].
-    """
-
-    rows: np.ndarray
-    present: np.ndarray
-    logits: dict[tuple[str, ...], dict[str, Tensor]]
-
-
-@torch.inference_mode()
-def subset_logits(
-    student: ClipModel,
-    stream: ClipStream,
-    rows: np.ndarray,
-    chosen: Sequence[tuple[str, ...]],
-    device: torch.device,
-    count: Callable[[int], None] = lambda n: None,
-) -> Predictions:
-    """Predict the clean view of the rows under each chosen subset.
-
-    A clip that lacks a modality of the subset is predicted from what it has; with nothing left, from the learned
-    tokens (or the CLS token) alone, so that every subset is judged on the same clips.
-    """
-    was_training = student.training
-    student.eval()
-    wanted = np.ones((len(rows), len(student.modalities)), bool)
-    plan = [(rows[at : at + BATCH], wanted[at : at + BATCH]) for at in range(0, len(rows), BATCH)]
-    masks = {subset: torch.tensor([m in subset for m in student.modalities], device=device) for subset in chosen}
-    found: dict[tuple[str, ...], list[dict[str, Tensor]]] = {subset: [] for subset in chosen}
-    read: list[np.ndarray] = []
-    has: list[np.ndarray] = []
-    for batch in stream.batches(plan, 0):
-        present = batch.present.to(device)
-        tokens = student.tokens({m: values.to(device) for m, values in batch.inputs.items()}, present)
-        for subset, mask in masks.items():
-            output = student.fusion(tokens, present & mask)
-            found[subset].append({head: logits.float().cpu() for head, logits in output.logits.items()})
-        read.append(batch.rows)
-        count(len(batch.rows))
-        has.append(batch.present.cpu().numpy())
-    student.train(was_training)
-    joined = {subset: joined_logits(student.fusion, parts) for subset, parts in found.items()}
-    return Predictions(np.concatenate([rows[:0], *read]), np.concatenate([wanted[:0], *has]), joined)
-
-
-def evaluate_run(run: RunFolder, table: ClipTable, split: str, device: str, made_from: str) -> Evaluation:
-    """Evaluate a finished student on every subset of its modalities; labels come from the table as it is now.
-
+    What is saved at `path` is read if it is of this run and of these clips, else computed and saved.
     A modality that cannot be read counts as missing and its clip is named; a clip with nothing left is left out.
-    Raises TableError if the split has no labelled clip, or one with a label that the student does not know, and
-    MediaError if no clip can be read.
+    cache: where a teacher's tokens are.  Raises TableError if the split is empty, MediaError if no clip can be read,
+    IncompleteCacheError if a teacher's tokens are not there.
     """
-    on = choose_device(device)
-    student, data, described = load_student(run, on)
-    labels = {head: torch.from_numpy(table.labels(head, tuple(names))) for head, names in described["classes"].items()}
-    rows = table.rows(split)
-    rows = rows[np.all([values[rows].numpy() >= 0 for values in labels.values()], axis=0)]
+    rows = table.rows(asked.split)
     if not len(rows):
-        raise TableError(f"{table.path}: no labelled clip in split {split!r}. Choose another with --split.")
-    stream = ClipStream(table, data, student.modalities, allow_failures=len(rows))
-    with stream, watched("evaluate", len(rows), "clips") as progress:
-        found = subset_logits(student, stream, rows, subsets(student.modalities), on, progress.advance)
+        raise TableError(f"{table.path}: no clip in split {asked.split!r}. Choose another with --split.")
+    clips = [table.clip_ids[rows].tolist(), table_digests(table)[rows].tolist()]
+    made_from = digest([run.config, run.result, clips, asked.views])
+    saved = Predictions.load(path, table.clip_ids, subsets(modalities_of(run)), made_from)
+    if saved is not None:
+        return saved
+    with watched("evaluate", asked.views * len(rows), "clips") as progress:
+        predict = _by_student if run.config["kind"] == "student" else _by_teacher
+        found = averaged_over(predict(run, table, cache, asked, progress.advance))
     if not len(found.rows):
-        clip_id, reason = next(iter(stream.failed.items()))
-        raise MediaError(f"No clip of split {split!r} can be read, such as {clip_id}: {reason.rstrip('.')}. Mend it.")
-    targets = {head: values[found.rows] for head, values in labels.items()}
-    table_rows = []
-    for subset, logits in found.logits.items():
-        columns = [student.modalities.index(modality) for modality in subset]
-        n_complete = int(found.present[:, columns].all(axis=1).sum())
-        table_rows.append(_row(letters(subset), n_complete, accuracy(logits, targets), len(found.rows)))
-    return Evaluation(run.path.name, split, majority(targets), tuple(table_rows), dict(stream.failed), made_from)
+        clip_id, reason = next(iter(found.failed.items()))
+        raise MediaError(f"No clip of {asked.split!r} can be read, such as {clip_id}: {reason.rstrip('.')}. Mend it.")
+    found.save(path, table.clip_ids[found.rows], made_from)
+    return found
 
 
-def _row(subset: str, n_complete: int, accuracies: dict[str, float], n: int) -> SubsetRow:
-    bounds = {head: wilson_bounds(round(value * n), n) for head, value in accuracies.items()}
-    low, high = ({head: found[side] for head, found in bounds.items()} for side in (0, 1))
-    return SubsetRow(subset, n, n_complete, accuracies, low, high)
+def modalities_of(run: RunFolder) -> tuple[str, ...]:
+    """Return the modalities of a student's or teacher's run, in order."""
+    described = run.config
+    if described["kind"] == "teacher":
+        return in_order(described["tokens"])
+    return in_order(described["settings"]["modalities"] or described["data"]["modalities"])
+
+
+def _by_student(
+    run: RunFolder, table: ClipTable, _: Place, asked: Asked, count: Callable[[int], None]
+) -> list[Predictions]:
+    device = choose_device(asked.device)
+    student, data, _ = load_student(run, device)
+    rows, chosen = table.rows(asked.split), subsets(student.modalities)
+    pin = device.type == "cuda"
+    how = {"readers": asked.readers, "allow_failures": len(rows), "pin": pin}
+    with ClipStream(table, data, student.modalities, **how) as stream:
+        return [subset_logits(student, stream, rows, chosen, device, count, view) for view in range(asked.views)]
+
+
+def _by_teacher(
+    run: RunFolder, table: ClipTable, cache_place: Place, asked: Asked, count: Callable[[int], None]
+) -> list[Predictions]:
+    device, cache = choose_device(asked.device), Cache.open(cache_place)
+    names = run.config["tokens"]
+    stores = {modality: TokenStore.open(cache.tokens_path(modality, name)) for modality, name in names.items()}
+    reader = TokenReader(stores, cache.rows(table.clip_ids), pin=device.type == "cuda")
+    model, rows, found = load_teacher(run, stores).to(device), table.rows(asked.split), []
+    for view in range(asked.views):
+        for modality, name in names.items():
+            _require_tokens(cache, table, modality, name, view, asked.split)
+        found.append(teacher_logits(model, reader, rows, subsets(names), device, count, view))
+    return found
+
+
+def _require_tokens(cache: Cache, table: ClipTable, modality: str, name: str, view: int, split: str) -> None:
+    """Raise IncompleteCacheError unless every clip of the split has tokens in a view, as the table has it now."""
+    rows = table.rows(split)
+    wanted = table_digests(table)[rows]
+    held = cache.held(modality, name, view)[cache.rows(table.clip_ids[rows])]
+    n_missing = int((held != wanted).sum())
+    if n_missing:
+        raise IncompleteCacheError(
+            f"{cache.tokens_path(modality, name)}: {n_missing} of {len(rows)} clips of split {split!r} have no "
+            f"{modality} tokens of view {view}. Run karmma extract, or evaluate fewer views."
+        )

@@ -3,20 +3,21 @@
 Nothing at import needs torch: a run that is there already is found without it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..data.annotations import ClipTable
 from ..data.cache import Cache
-from ..data.config import PLACES, DataConfig, digest
-from ..data.errors import RunError
+from ..data.config import PLACES, DataConfig, Place, digest
 from ..data.identity import input_identity
+from ..data.publish import publish
 from ..data.runs import RunFolder
 from ..fuse.config import NOT_DECISIVE as SHARED
 from ..fuse.stage import require_labels
 from .config import NO_TEACHER, StudentConfig
-from .results import Evaluation
+from .results import Asked, Evaluation
 from .teacher import CachedTeacher, find_teacher, known_present
 
 NOT_DECISIVE = SHARED | {
@@ -75,24 +76,45 @@ def describe_run(table: ClipTable, data: DataConfig, config: StudentConfig, teac
     }
 
 
-def evaluate_student(run: RunFolder, table: ClipTable, split: str, device: str) -> tuple[Evaluation, list[Path], bool]:
-    """Evaluate a finished run on a split; return what was found, its files, and whether it was there already.
+@dataclass
+class Evaluated:
+    """A run's evaluation, its files, and whether it was there already."""
 
-    What was written for exactly this run and these clips is read, not done again.  Raises RunError if the run is not
-    a student's, and as `evaluate_run`.
+    evaluation: Evaluation
+    files: list[Path]
+    was_there: bool
+
+
+def evaluate(run: RunFolder, table: ClipTable, cache: Place, asked: Asked) -> Evaluated:
+    """Evaluate a finished student or teacher on a split; what was written for exactly this is read, not done again.
+
+    cache: where a teacher's tokens are.  Raises as `predict_run` and `judge`.
     """
-    if run.config["kind"] != "student":
-        raise RunError(f"{run.path}: a {run.config['kind']}'s run, expected a student's. Name another run folder.")
-    folder = run.path / "evaluation"
-    files = [folder / f"{split}.{kind}" for kind in ("csv", "json", "html")]
-    made_from = digest([run.config, run.result, table.content_digest()])
-    evaluation = Evaluation.read(folder, split, made_from)
+    stem = run.path / "evaluation" / asked.stem
+    made_from = digest([run.config, run.result, table.content_digest(), asked.views, asked.draws])
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("csv", "tex", "json")]
+    evaluation = Evaluation.read(files[-1], made_from)
     was_there = evaluation is not None and all(file.exists() for file in files)
     if not was_there:
-        from .evaluate import evaluate_run
-        from .report import write_report
+        from .compare import compare, latex
+        from .evaluate import predict_run
+        from .scores import judge
 
-        evaluation = evaluate_run(run, table, split, device, made_from)
-        evaluation.write(folder)
-        write_report(run, evaluation, files[-1])
-    return evaluation, files, was_there
+        found = predict_run(run, table, cache, asked, stem.with_name(f"{stem.name}.safetensors"))
+        evaluation, confusion = judge(run, table, found, asked, made_from)
+        publish(files[1], latex(compare([evaluation])).encode())
+        evaluation.write(stem, confusion)
+    return Evaluated(evaluation, files, was_there)
+
+
+def submit(
+    run: RunFolder, table: ClipTable, cache: Place, asked: Asked, path: Path, supervision: Sequence[int]
+) -> dict[str, str]:
+    """Write a submission to EPIC-KITCHENS' challenge for all clips of a split; return clips that failed, and why."""
+    from .challenge import require_heads, write_submission
+    from .evaluate import predict_run
+
+    require_heads(run)
+    found = predict_run(run, table, cache, asked, run.path / "evaluation" / f"{asked.stem}.safetensors")
+    write_submission(path, found, table.clip_ids, supervision)
+    return found.failed

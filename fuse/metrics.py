@@ -16,44 +16,61 @@ def predictions(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {head: scores.argmax(1) for head, scores in logits.items()}
 
 
-def accuracy(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, float]:
+def labelled(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return head -> [B] bool, and "action": labelled in all heads.  labels: head -> [B], -1 = unlabelled."""
+    found = {head: classes != UNLABELLED for head, classes in labels.items()}
+    found.setdefault(ACTION, _all(found))
+    return found
+
+
+def topk_hits(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], k: int = 1) -> dict[str, Tensor]:
+    """Return head -> [B] bool, whether a clip's class is among the k largest logits, and "action": its combination.
+
+    logits: head -> [B, N_h].  labels: head -> [B]. The probability of a combination is the product of those of its
+    classes. A head that is itself called "action" keeps its own.  Source: EPIC-KITCHENS-100's top-5 of actions.
+    """
+    best = {head: scores.log_softmax(1).topk(min(k, scores.shape[1]), dim=1) for head, scores in logits.items()}
+    own = {head: found.indices == labels[head][:, None] for head, found in best.items()}  # each [B, k]
+    first = next(iter(logits.values()))
+    likely, right = first.new_zeros(len(first), 1), torch.ones_like(first[:, :1], dtype=torch.bool)
+    for head, found in best.items():
+        # The k best of an outer product are pairs of the k best: whatever beats a class beats it in every pair.
+        pairs = (likely[:, :, None] + found.values[:, None, :]).flatten(1)  # [B, k k] log-probabilities
+        right = (right[:, :, None] & own[head][:, None, :]).flatten(1)
+        likely, places = pairs.topk(min(k, pairs.shape[1]), dim=1)
+        right = right.gather(1, places)
+    return {ACTION: right.any(1), **{head: hit.any(1) for head, hit in own.items()}}
+
+
+def accuracy(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], k: int = 1) -> dict[str, float]:
     """Return head -> share of labelled clips predicted right, 0..1, and "action": right in every head.
 
     logits: head -> [B, N_h].  labels: head -> [B], -1 = unlabelled. An action counts over the clips labelled in all
     heads. A head that is itself called "action" keeps its own accuracy. NaN where no clip is labelled.
-    Source: KARMMA sec. 4; EPIC-KITCHENS-100.
+    k: of that many guesses, one has to be right; see `topk_hits`.  Source: KARMMA sec. 4; EPIC-KITCHENS-100.
     """
-    hits = {head: classes == labels[head] for head, classes in predictions(logits).items()}
-    labelled = {head: labels[head] != UNLABELLED for head in logits}
-    found = {head: _share(hits[head], labelled[head]) for head in logits}
-    found.setdefault(ACTION, _share(_all(hits), _all(labelled)))
-    return found
+    hits, counted = topk_hits(logits, labels, k), labelled({head: labels[head] for head in logits})
+    return {name: _share(hit, counted[name]) for name, hit in hits.items()}
 
 
-def topk_accuracy(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], k: int = 5) -> dict[str, float]:
-    """Return head -> share of labelled clips whose class is among the k largest logits; NaN where none is labelled."""
-    out = {}
-    for head, scores in logits.items():
-        best = scores.topk(min(k, scores.shape[1]), dim=1).indices  # [B, k]
-        out[head] = _share((best == labels[head][:, None]).any(1), labels[head] != UNLABELLED)
-    return out
+def confidence(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return head -> [B] probability, 0..1, of the class that is predicted, and "action": the product over heads."""
+    found = {head: scores.softmax(1).amax(1) for head, scores in logits.items()}
+    return {ACTION: torch.stack(list(found.values())).prod(0), **found}
 
 
-def topk_action(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], k: int = 5) -> float:
-    """Return the share of clips whose pair of classes is among the k likeliest, 0..1; NaN where none is labelled.
+def calibration_error(sure: Tensor, hit: Tensor, n_bins: int = 15) -> float:
+    """Return the expected calibration error, 0..1: how far probabilities are from the share that is right.
 
-    logits: two heads -> [B, N_h]; the probability of a pair is the product of its two. Clips labelled in both heads
-    count.  Raises ValueError unless there are two heads.  Source: EPIC-KITCHENS-100's top-5 of actions.
+    sure: [B] probability of the prediction, 0..1.  hit: [B] bool, whether it is right. Clips are put into bins of equal
+    width; the differences of mean probability and share are averaged, weighted by clips. NaN without clips.
+    Source: Guo et al., On calibration of modern neural networks, 2017.
     """
-    if len(logits) != 2:
-        raise ValueError(f"Top-k of actions: {len(logits)} heads ({', '.join(logits)}), expected two.")
-    # The k best of an outer product are pairs of the k best: whatever beats a class beats it in every pair.
-    best = [scores.log_softmax(1).topk(min(k, scores.shape[1]), dim=1) for scores in logits.values()]
-    pairs = best[0].values[:, :, None] + best[1].values[:, None, :]  # [B, k, k] log-probabilities
-    hits = [found.indices == labels[head][:, None] for found, head in zip(best, logits, strict=True)]  # each [B, k]
-    hit = (hits[0][:, :, None] & hits[1][:, None, :]).flatten(1)  # [B, k k]
-    likeliest = pairs.flatten(1).topk(min(k, hit.shape[1]), dim=1).indices  # [B, k]
-    return _share(hit.gather(1, likeliest).any(1), _all({head: labels[head] != UNLABELLED for head in logits}))
+    if not len(sure):
+        return math.nan
+    bins = (sure.double() * n_bins).ceil().long().clamp(1, n_bins) - 1  # (0, 1/15], (1/15, 2/15], ...
+    gaps = torch.zeros(n_bins, dtype=torch.float64).index_add(0, bins, sure.double() - hit.double())
+    return (gaps.abs().sum() / len(sure)).item()
 
 
 def majority(labels: Mapping[str, Tensor]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data.annotations import ClipTable
 from ..data.device import choose_device, has_bfloat16
 from ..data.errors import RunError, TableError
+from ..data.publish import plain
 from ..data.runs import RunFolder
 from .config import TrainingConfig
 from .ranks import average_gradients, is_first, n_ranks, summed, wait
@@ -201,11 +202,6 @@ def usable_rows(table: ClipTable, heads: tuple[str, ...], present: np.ndarray) -
                 "Choose other modalities, or add clips."
             )
     return rows
-
-
-def plain(found: dict[str, float]) -> dict[str, float | None]:
-    """Return the numbers as JSON can hold them: what could not be measured (NaN) becomes None."""
-    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def prepare(config: TrainingConfig) -> torch.device:

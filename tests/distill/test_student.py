@@ -5,7 +5,7 @@ import pytest
 import torch
 from karmma.data.theta import theta_average
 from karmma.distill.clip_dropout import seed_clips
-from karmma.distill.evaluate import subset_logits
+from karmma.distill.predictions import subset_logits
 from karmma.distill.stream import ClipStream
 from karmma.distill.student import build_student
 from karmma.extract.backbones import BACKBONES

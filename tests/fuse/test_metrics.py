@@ -4,10 +4,11 @@ import pytest
 import torch
 from karmma.fuse.metrics import (
     accuracy,
+    calibration_error,
+    confidence,
     majority,
     predictions,
-    topk_accuracy,
-    topk_action,
+    topk_hits,
     wilson_bounds,
 )
 
@@ -54,12 +55,12 @@ def test_accuracy_of_a_head_called_action_keeps_its_own():
     assert found == {"action": 1.0, "verb": 0.25}
 
 
-def test_topk_accuracy_counts_the_k_largest():
+def test_accuracy_of_k_guesses_counts_the_k_largest():
     logits = {"verb": torch.tensor([[3.0, 2, 1], [3, 2, 1], [3, 2, 1], [3, 2, 1]])}
     labels = {"verb": torch.tensor([0, 1, 2, -1])}
-    assert topk_accuracy(logits, labels, k=1) == {"verb": 1 / 3}
-    assert topk_accuracy(logits, labels, k=2) == {"verb": 2 / 3}
-    assert topk_accuracy(logits, labels, k=9) == {"verb": 1.0}
+    assert accuracy(logits, labels, k=1) == {"verb": 1 / 3, "action": 1 / 3}
+    assert accuracy(logits, labels, k=2) == {"verb": 2 / 3, "action": 2 / 3}
+    assert accuracy(logits, labels, k=9) == {"verb": 1.0, "action": 1.0}
 
 
 def test_topk_action_of_one_clip_matches_hand():
@@ -67,29 +68,41 @@ def test_topk_action_of_one_clip_matches_hand():
     logits = {"verb": torch.tensor([[0.6, 0.3, 0.1]]).log(), "noun": torch.tensor([[0.5, 0.3, 0.2]]).log()}
     for rank, pair in enumerate([(0, 0), (0, 1), (1, 0), (0, 2), (1, 1)]):
         labels = {"verb": torch.tensor([pair[0]]), "noun": torch.tensor([pair[1]])}
-        assert topk_action(logits, labels, k=rank + 1) == 1
+        assert topk_hits(logits, labels, k=rank + 1)["action"].tolist() == [True]
         if rank:
-            assert topk_action(logits, labels, k=rank) == 0
+            assert topk_hits(logits, labels, k=rank)["action"].tolist() == [False]
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 12])
 def test_topk_action_matches_the_whole_outer_product(k):
-    logits = {"verb": 3 * _wave(40, 4), "noun": 3 * _wave(40, 6, start=17)}
-    labels = {"verb": torch.arange(40) % 4, "noun": (torch.arange(40) // 4) % 6}
+    logits = {"verb": 3 * _wave(40, 4), "noun": 3 * _wave(40, 6, start=17), "hand": 3 * _wave(40, 2, start=5)}
+    labels = {"verb": torch.arange(40) % 4, "noun": (torch.arange(40) // 4) % 6, "hand": torch.arange(40) % 2}
     labels["noun"][7] = -1
     hits = []
     for clip in range(40):
-        outer = logits["verb"][clip].softmax(0)[:, None] * logits["noun"][clip].softmax(0)
-        best = outer.flatten().topk(k).indices.tolist()
+        verb, noun, hand = (logits[head][clip].softmax(0) for head in ("verb", "noun", "hand"))
+        best = (verb[:, None, None] * noun[:, None] * hand).flatten().topk(k).indices.tolist()
         if labels["noun"][clip] >= 0:
-            hits.append(int(labels["verb"][clip] * 6 + labels["noun"][clip]) in best)
+            hits.append(int(labels["verb"][clip] * 12 + labels["noun"][clip] * 2 + labels["hand"][clip]) in best)
     assert 0 < sum(hits) < len(hits)
-    assert topk_action(logits, labels, k) == sum(hits) / len(hits)
+    assert accuracy(logits, labels, k)["action"] == sum(hits) / len(hits)
 
 
-def test_topk_action_of_one_head_raises():
-    with pytest.raises(ValueError, match=r"1 heads \(verb\), expected two"):
-        topk_action({"verb": LOGITS["verb"]}, {"verb": torch.zeros(4)})
+def test_calibration_error_of_three_bins_matches_hand():
+    """Of 0..1/3, 1/3..2/3, 2/3..1: two clips at 0.3, none right; one at 0.5, right; three at 0.9, two right."""
+    sure = torch.tensor([0.3, 0.5, 0.9, 0.3, 0.9, 0.9])
+    hit = torch.tensor([False, True, True, False, False, True])
+    expected = (2 * 0.3 + 1 * 0.5 + 3 * (0.9 - 2 / 3)) / 6
+    assert calibration_error(sure, hit, n_bins=3) == pytest.approx(expected)
+    assert calibration_error(torch.ones(4), torch.ones(4, dtype=torch.bool)) == 0
+    assert calibration_error(torch.zeros(2), torch.zeros(2, dtype=torch.bool)) == 0
+    assert math.isnan(calibration_error(torch.empty(0), torch.empty(0, dtype=torch.bool)))
+
+
+def test_confidence_is_the_largest_probability_and_of_an_action_the_product():
+    logits = {"verb": torch.tensor([[0.6, 0.3, 0.1]]).log(), "noun": torch.tensor([[0.5, 0.3, 0.2]]).log()}
+    found = confidence(logits)
+    assert [round(found[name].item(), 6) for name in ("verb", "noun", "action")] == [0.6, 0.5, 0.3]
 
 
 def test_majority_is_the_share_of_the_commonest_class_and_combination():

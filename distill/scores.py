@@ -1,0 +1,157 @@
+"""What predictions are worth: accuracy, top-5 and calibration by subset and group, missing rates, classes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from ..data.annotations import ClipTable
+from ..data.errors import TableError
+from ..data.modality import letters
+from ..data.publish import plain
+from ..data.runs import RunFolder
+from ..fuse.dropout import modality_dropout
+from ..fuse.metrics import ACTION, calibration_error, confidence, majority, predictions, topk_hits, wilson_bounds
+from .groups import groups
+from .predictions import Predictions, Subset
+from .results import Asked, ClassRow, Evaluation, RateRow, SubsetRow
+from .variants import label, variant
+
+RATES = tuple(tenth / 10 for tenth in range(10))  # Fig. 4: 0 to 90 percent
+N_CONFUSED = 20  # pairs of classes that are named
+Hits = Mapping[Subset, Mapping[str, Tensor]]  # subset -> head, and "action" -> [n] bool
+
+
+def labels_of(run: RunFolder, table: ClipTable, rows: np.ndarray) -> dict[str, Tensor]:
+    """Return head -> [n] class indices of table rows, as the run counts classes; -1 = unlabelled.
+
+    Raises TableError for a label that the run does not know.
+    """
+    classes = run.config["classes"].items()
+    return {head: torch.from_numpy(table.labels(head, tuple(names))[rows]) for head, names in classes}
+
+
+def judge(
+    run: RunFolder, table: ClipTable, found: Predictions, asked: Asked, made_from: str
+) -> tuple[Evaluation, dict[str, np.ndarray]]:
+    """Return what predictions are worth, and `confusion`; labels come from the table as it is now.
+
+    Raises TableError if no clip is labelled in every head, or one has a label that the run does not know.
+    """
+    described, labels = run.config, labels_of(run, table, found.rows)
+    counted = groups(table, found.rows, labels)
+    if not counted["all"][ACTION].any():
+        raise TableError(
+            f"{table.path}: no clip of split {asked.split!r} is labelled in {', '.join(labels)}. Choose another with "
+            "--split; --challenge writes predictions of unlabelled clips."
+        )
+    hits = {subset: topk_hits(logits, labels) for subset, logits in found.logits.items()}
+    rows = [
+        _row(group, clips, subset, found, labels, hits[subset])
+        for group, clips in counted.items()
+        for subset in found.logits
+    ]
+    matrices = confusion(found, labels)
+    evaluation = Evaluation(
+        run=run.path.name,
+        label=label(described),
+        variant=variant(described),
+        split=asked.split,
+        views=asked.views,
+        majority=plain(majority(labels)),
+        rows=tuple(rows),
+        rates=tuple(_rate(rate, found, hits, counted["all"], asked.draws) for rate in RATES),
+        classes=tuple(row for head in labels for row in _classes(head, described["classes"][head], labels[head], hits)),
+        confused={head: _confused(described["classes"][head], matrix) for head, matrix in matrices.items()},
+        failed=found.failed,
+        made_from=made_from,
+    )
+    return evaluation, matrices
+
+
+def _row(
+    group: str,
+    clips: Mapping[str, Tensor],
+    subset: Subset,
+    found: Predictions,
+    labels: Mapping[str, Tensor],
+    hit: Mapping[str, Tensor],
+) -> SubsetRow:
+    logits, here = found.logits[subset], torch.from_numpy(_complete(found, subset))
+    top5, sure = topk_hits(logits, labels, 5), confidence(logits)
+    bounds = {name: wilson_bounds(int((hit[name] & of).sum()), int(of.sum())) for name, of in clips.items()}
+    return SubsetRow(
+        group,
+        letters(subset),
+        int(clips[ACTION].sum()),
+        int((clips[ACTION] & here).sum()),
+        {name: _share(hit[name], of) for name, of in clips.items()},
+        {name: low for name, (low, _) in bounds.items()},
+        {name: high for name, (_, high) in bounds.items()},
+        {name: _share(top5[name], of) for name, of in clips.items()},
+        plain({name: calibration_error(sure[name][of], hit[name][of]) for name, of in clips.items()}),
+    )
+
+
+def _complete(found: Predictions, subset: Subset) -> np.ndarray:
+    """Say which clips [n] have every modality of a subset."""
+    names = max(found.logits, key=len)
+    return found.present[:, [names.index(modality) for modality in subset]].all(axis=1)
+
+
+def _rate(rate: float, found: Predictions, hits: Hits, clips: Mapping[str, Tensor], draws: int) -> RateRow:
+    """Return accuracy where modalities of each clip are missing at random, by the rule of modality dropout.
+
+    What is left of a clip is one of the subsets that were predicted, so nothing is run again.
+    """
+    present = torch.from_numpy(found.present)
+    some = present.any(1)  # a clip that has nothing is judged as it is
+    shares: dict[str, list[float]] = {name: [] for name in clips}
+    for draw in range(draws):
+        left = torch.ones_like(present)
+        left[some] = modality_dropout(present[some], rate, Generator().manual_seed(draw))
+        chosen = _places(found, left)
+        for name, of in clips.items():
+            hit = torch.stack([each[name] for each in hits.values()])[chosen, torch.arange(len(chosen))]
+            shares[name].append(hit[of].double().mean().item())
+    values = {name: torch.tensor(each, dtype=torch.float64) for name, each in shares.items()}
+    mean = plain({name: each.mean().item() for name, each in values.items()})
+    return RateRow(rate, mean, plain({name: each.std(correction=0).item() for name, each in values.items()}))
+
+
+def _places(found: Predictions, left: Tensor) -> Tensor:
+    """Return the place [n] among the predicted subsets of what is left of each clip, [n, M] bool."""
+    names = max(found.logits, key=len)
+    bits = 2 ** torch.arange(len(names))
+    table = torch.zeros(2 ** len(names), dtype=torch.long)
+    for at, subset in enumerate(found.logits):
+        table[sum(2 ** names.index(modality) for modality in subset)] = at
+    return table[(left * bits).sum(1)]
+
+
+def _classes(head: str, names: Sequence[str], labels: Tensor, hits: Hits) -> Iterator[ClassRow]:
+    for index, name in enumerate(names):
+        of = labels == index
+        yield ClassRow(head, name, int(of.sum()), {letters(s): _share(hit[head], of) for s, hit in hits.items()})
+
+
+def confusion(found: Predictions, labels: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return head -> [N_h, N_h] labelled clips by true and predicted class, all modalities in; labels: head -> [n]."""
+    out, logits = {}, found.logits[max(found.logits, key=len)]
+    for head, classes in predictions(logits).items():
+        n, of = logits[head].shape[1], labels[head] >= 0
+        out[head] = torch.bincount(labels[head][of] * n + classes[of], minlength=n * n).view(n, n).numpy()
+    return out
+
+
+def _confused(names: Sequence[str], matrix: np.ndarray) -> list[tuple[str, str, int]]:
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:N_CONFUSED]
+    pairs = [divmod(int(at), len(names)) for at in order]
+    return [(names[true], names[said], int(wrong[true, said])) for true, said in pairs if wrong[true, said]]
+
+
+def _share(hit: Tensor, of: Tensor) -> float | None:
+    return (hit & of).sum().item() / of.sum().item() if of.any() else None

@@ -1,0 +1,36 @@
+"""What a run is, in the paper's words, and which runs are the same but for the seed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..data.config import digest
+from ..data.modality import letters
+from .config import NO_TEACHER, StudentConfig
+
+BASELINE = "Baseline"
+DROPOUT, DELTA = f"{BASELINE} w/ mod. dropout", f"{BASELINE} w/ delta"
+
+
+def variant(described: Mapping[str, Any]) -> str:
+    """Return 16 hex digits for all that decides a run but its seed: runs that share them are repetitions."""
+    settings = {name: value for name, value in described["settings"].items() if name != "seed"}
+    # Teachers of other seeds are repetitions too; whether there is one is not.
+    teacher = described.get("teacher", "") == NO_TEACHER
+    return digest([{**described, "settings": settings, "teacher": teacher, "contents": None}])
+
+
+def label(described: Mapping[str, Any]) -> str:
+    """Return the paper's name of a run, as in Tab. 1 to 3 and B.1."""
+    if described["kind"] == "teacher":
+        return "KARMMA_T"
+    settings, has_teacher = described["settings"], described["teacher"] != NO_TEACHER
+    modalities = settings["modalities"] or described["data"]["modalities"]
+    missing, drops = settings["missing"], settings["modality_dropout"] > 0
+    own = StudentConfig.model_fields["missing"].default
+    if len(modalities) == 1:
+        return f"KARMMA_{letters(modalities)}" if has_teacher else f"{BASELINE} {letters(modalities)}"
+    if has_teacher:
+        return "KARMMA_S" if drops and missing == own else f"KARMMA_S ({missing}{'' if drops else ', no dropout'})"
+    if not drops:
+        return BASELINE if missing == "ignore" else f"{BASELINE} w/ Eq. ({missing})"
+    return {"ignore": DROPOUT, own: DELTA}.get(missing, f"{DROPOUT} and Eq. ({missing})")
