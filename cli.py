@@ -171,7 +171,7 @@ def check(
 def demo() -> None:
     """Run the whole pipeline on the embedded sample data, in ./karmma-sample, ./cache and ./runs."""
     settings = sample_data()
-    for command in ("extract", "train-teacher", "distill", "evaluate"):
+    for command in ("extract", "train-teacher", "distill", "evaluate", "report"):
         tell(f"\n$ karmma {command}")
         code = app([command, "--config", str(settings)], standalone_mode=False)
         if code:

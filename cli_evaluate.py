@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .cli_options import SOME_FAILED, Settings, out, tell, tell_some, with_options
-from .data.annotations import ClipTable
+from .cli_options import SOME_FAILED, Settings, out, run_table, tell, tell_some, with_options
 from .data.errors import ConfigError
 from .data.runs import RunFolder, latest_run
 from .distill.results import Asked, Evaluation
@@ -47,9 +46,9 @@ def evaluate(
     if challenge is not None:
         if len(runs) > 1:
             raise typer.BadParameter("A submission is of one run: name one, or leave out --challenge.")
-        failed = submit(runs[0], _table(settings, runs[0]), settings.data.cache, asked, challenge, _levels(sls))
+        failed = submit(runs[0], run_table(settings, runs[0]), settings.data.cache, asked, challenge, _levels(sls))
         _end(f"Wrote {challenge}.", failed)
-    found = [evaluate_run(run, _table(settings, run), settings.data.cache, asked) for run in runs]
+    found = [evaluate_run(run, run_table(settings, run), settings.data.cache, asked) for run in runs]
     if len(found) == 1:
         _show(found[0])
     else:
@@ -62,15 +61,6 @@ def _end(said: str, failed: dict[str, str]) -> None:
     tell_some([f"failed: {clip_id}: {reason}" for clip_id, reason in failed.items()])
     tell(said)
     raise typer.Exit(SOME_FAILED if failed else 0)
-
-
-def _table(settings: Settings, run: RunFolder) -> ClipTable:
-    """Read the clip table for a run, with its heads."""
-    tell(f"Run: {run.path}")
-    table = settings.table(tuple(run.config["classes"]))
-    if table.content_digest() != run.config["clips"]:
-        tell(f"{table.path} is not, or no longer, the table that this run was trained from; evaluating on it as it is.")
-    return table
 
 
 def _levels(text: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from .data.annotations import ClipTable
 from .data.clips import read_clips
 from .data.config import DataConfig, StageConfig
 from .data.progress import IS_SILENT, watched
+from .data.runs import RunFolder
 from .data.sample import write_sample
 from .data.settings import assigned, read_preset, read_toml, resolve, rooted, write_toml
 from .distill.config import StudentConfig
@@ -153,3 +154,12 @@ def _option(name: str, info: Any) -> inspect.Parameter:
     told = f"{info.description} (default {info.default}; {info.json_schema_extra['source']})"
     annotation = Annotated[kind | None, typer.Option(flag, help=told, show_default=False)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def run_table(settings: Settings, run: RunFolder) -> ClipTable:
+    """Read the clip table for a run, with its heads."""
+    tell(f"Run: {run.path}")
+    table = settings.table(tuple(run.config["classes"]))
+    if table.content_digest() != run.config["clips"]:
+        tell(f"{table.path} is not, or no longer, the table that this run was trained from; evaluating on it as it is.")
+    return table

@@ -1,4 +1,4 @@
-"""`karmma report`: what models are and cost, as tables and plots."""
+"""`karmma report`: one page about runs, or what models cost, as tables and plots."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,10 +7,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import Settings, out, tell, with_options
+from .cli_options import SOME_FAILED, Settings, out, run_table, tell, with_options
 from .data.errors import ConfigError, cause
 from .data.progress import watched
-from .data.runs import RunFolder
+from .data.runs import RunFolder, latest_run
+from .distill.results import Asked
+from .distill.stage import evaluate, predictions_path
 
 if TYPE_CHECKING:
     from .distill.blueprint import Blueprint
@@ -22,11 +24,15 @@ THETAS = ["none", "500", "300", "100"]
 @with_options("data", needs_clips=False)
 def report(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN", help="run folders (default: what the settings describe)")
+        list[Path] | None,
+        typer.Argument(metavar="RUN", help="run folders (default: the latest student; for --efficiency, the settings)"),
     ] = None,
     *,
     settings: Settings,
-    efficiency: Annotated[bool, typer.Option("--efficiency", help="parameters, GFLOPs, latency and memory")] = False,
+    split: Annotated[str, typer.Option(help="of the page: train, val or test")] = "test",
+    efficiency: Annotated[
+        bool, typer.Option("--efficiency", help="only what models cost: parameters, GFLOPs, latency and memory")
+    ] = False,
     classes: Annotated[
         list[str] | None, typer.Option(help="head=classes (default: the table's, or EPIC-KITCHENS-100's 97 and 300)")
     ] = None,
@@ -35,14 +41,16 @@ def report(
     device: Annotated[str, typer.Option(help="torch device to measure on")] = "auto",
     into: Annotated[Path | None, typer.Option(help="folder for the files (default: the runs folder)")] = None,
 ) -> None:
-    """Report what models cost for every subset of their modalities, teacher beside student."""
+    """Write one HTML page about runs, evaluated if they are not yet; or what models cost, with --efficiency."""
     if not efficiency:
-        raise typer.BadParameter("Say what to report on: --efficiency.")
+        runs = [RunFolder.open(folder) for folder in folders or []] or [latest_run(settings.data.runs, "student")]
+        _write_page(settings, runs, split, device, _folder(into) if into else None)
+        return
     from .data.device import choose_device
     from .distill.blueprint import run_blueprint
     from .distill.efficiency import count
+    from .distill.efficiency_report import write_efficiency
     from .distill.measuring import measure
-    from .distill.report import write_efficiency
 
     if folders and classes:
         raise typer.BadParameter("Runs have classes of their own: leave out --classes, or the runs.")
@@ -59,6 +67,33 @@ def report(
     for model in found:
         _print(model)
     tell("Wrote " + ", ".join(str(path) for path in write_efficiency(found, where)))
+
+
+def _write_page(settings: Settings, runs: list[RunFolder], split: str, device: str, into: Path | None) -> None:
+    """Write the page of one run into its folder, of several beside them."""
+    from .distill.blueprint import run_blueprint
+    from .distill.efficiency import count
+    from .distill.evaluate import predict_run
+    from .distill.examples import examples
+    from .distill.report import Reported, write_report
+
+    asked, reported, failed = Asked(split, device=device), [], 0
+    for run in runs:
+        table = run_table(settings, run)
+        evaluation = evaluate(run, table, settings.data.cache, asked).evaluation
+        found = predict_run(run, table, settings.data.cache, asked, predictions_path(run, asked))
+        try:
+            cost = count(run_blueprint(run, settings.extract))
+        except ConfigError as error:  # the backbones behind a teacher's tokens are not those of the settings
+            tell(f"Without its cost: {error}")
+            cost = None
+        reported.append(Reported(run, evaluation, cost, examples(run, table, found)))
+        failed += len(evaluation.failed)
+    name = f"report-{split}.html" if len(runs) > 1 else f"{split}.html"
+    folder = into or (settings.data.runs if len(runs) > 1 else runs[0].path / "evaluation")
+    write_report(reported, folder / name)
+    tell(f"Wrote {folder / name}")
+    raise typer.Exit(SOME_FAILED if failed else 0)
 
 
 def _configured(settings: Settings, classes: list[str] | None) -> list["Blueprint"]:

@@ -1,109 +1,99 @@
-"""One self-contained HTML page about a student: the subset table, its bars, and the training curves."""
+"""One self-contained HTML page about one run or several: results, curves, classes, example clips, settings."""
 
-import csv
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from ..data.publish import publish, publish_json
+from ..data.modality import letters
+from ..data.publish import publish
 from ..data.runs import RunFolder
-from ..fuse.figures import svg
-from .efficiency import Cost, Efficiency
-from .results import Evaluation
+from .compare import compare
+from .efficiency import Efficiency
+from .efficiency_report import efficiency_bars
+from .examples import Example
+from .plots import class_bars, rate_curves, subset_bars, training_curves
+from .results import ClassRow, Evaluation
+
+N_HARDEST, FEWEST = 8, 3  # classes that are shown of a head, and the clips that one must have for it
 
 
-def write_report(run: RunFolder, evaluation: Evaluation, path: Path) -> None:
+@dataclass(frozen=True)
+class Reported:
+    """A run on a page.  cost: None where it is not known.  examples: may be empty."""
+
+    run: RunFolder
+    evaluation: Evaluation
+    cost: Efficiency | None
+    examples: Sequence[Example]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a reader asks first, by name."""
+        described, result, row = self.run.config, self.run.result, self.evaluation.of("all")[0]
+        modalities = described.get("tokens") or described["settings"]["modalities"] or described["data"]["modalities"]
+        accuracy = row.accuracy["action"]
+        said = {
+            f"action accuracy, {self.evaluation.split}": "-" if accuracy is None else f"{100 * accuracy:.1f} %",
+            "clips": str(row.n_clips),
+            "modalities": letters(modalities),
+            "trained parameters": f"{result['parameters'] / 1e6:.2f} M",
+            "best epoch": f"{result['epoch']}",
+        }
+        if self.cost is not None:
+            said["GFLOPs a clip"] = f"{self.cost.rows[0].gflops:.1f}"
+        return said | ({"teacher": described["teacher"]} if "teacher" in described else {})
+
+    @property
+    def hardest(self) -> dict[str, list[ClassRow]]:
+        """By head, the classes that are recognised worst with all modalities; those with few clips do not count."""
+        subset = self.evaluation.of("all")[0].subset
+        out: dict[str, list[ClassRow]] = {}
+        for row in self.evaluation.classes:
+            if row.n_clips >= FEWEST:
+                out.setdefault(row.head, []).append(row)
+        return {head: sorted(rows, key=lambda row: row.accuracy[subset])[:N_HARDEST] for head, rows in out.items()}
+
+    @property
+    def identities(self) -> dict[str, Any]:
+        """All that decides the run, but for its settings and classes, which stand apart."""
+        return {k: v for k, v in self.run.config.items() if k not in ("settings", "data", "classes", "kind")}
+
+
+def write_report(reported: Sequence[Reported], path: Path) -> None:
     """Write one page that needs nothing else, no network either, to be read."""
-    pages = Environment(loader=PackageLoader("karmma.distill", "."), autoescape=select_autoescape())
+    evaluations = [each.evaluation for each in reported]
+    columns, costs = compare(evaluations), [each.cost for each in reported if each.cost is not None]
+    best = {}
+    for subset in columns[0].mean:
+        accuracies = [column.mean[subset]["action"] for column in columns]
+        best[subset] = max((value for value in accuracies if value is not None), default=None)
+    first = evaluations[0]
+    pages = Environment(loader=PackageLoader("karmma.distill", "."), autoescape=select_autoescape(), trim_blocks=True)
     page = pages.get_template("report.html").render(
-        run=run.path.name,
-        evaluation=evaluation,
-        heads=list(evaluation.majority),
-        best={head: max(row.accuracy[head] for row in evaluation.rows) for head in evaluation.majority},
-        bars=_bars(evaluation),
-        curves=_curves(run),
-        settings=run.config,
-        result=run.result,
+        reported=reported,
+        title=", ".join(column.label for column in columns),
+        columns=columns,
+        best=best,
+        heads=list(first.majority),
+        majority=first.majority,
+        best_of={name: max(_numbers(first, name), default=None) for name in first.majority},
+        bars=Markup(subset_bars(evaluations)),
+        rates=Markup(rate_curves(columns)),
+        costs=Markup(efficiency_bars(costs)) if costs else "",
+        curves=[Markup(training_curves(each.run.metrics())) for each in reported],
+        hardest=[_hardest(each) for each in reported],
     )
     publish(path, page.encode())
 
 
-def write_efficiency(found: Sequence[Efficiency], folder: Path) -> list[Path]:
-    """Write what models cost as efficiency.json, .csv and .svg; return the three paths."""
-    paths = [folder / f"efficiency.{kind}" for kind in ("json", "csv", "svg")]
-    publish_json(paths[0], [asdict(model) for model in found])
-    text = io.StringIO()
-    rows = [{"model": model.name, **asdict(row)} for model in found for row in model.rows]
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    publish(paths[1], text.getvalue().encode())
-    publish(paths[2], _efficiency_bars(found).encode())
-    return paths
+def _numbers(evaluation: Evaluation, name: str) -> list[float]:
+    return [row.accuracy[name] for row in evaluation.of("all") if row.accuracy[name] is not None]
 
 
-def _efficiency_bars(found: Sequence[Efficiency]) -> Markup:
-    """Draw memory, latency and GFLOPs by subset, models side by side: the paper's Fig. 5, and latency."""
-    values: dict[str, Callable[[Cost], float | None]] = {
-        "memory (MiB)": lambda row: row.peak_bytes and row.peak_bytes / 2**20,
-        "latency (s)": lambda row: row.seconds,
-        "GFLOPs": lambda row: row.gflops,
-    }
-    shown = {name: of for name, of in values.items() if any(of(row) for model in found for row in model.rows)}
-    figure = Figure(figsize=(7, 2.2 * len(shown)), layout="constrained")
-    names = list(dict.fromkeys(row.subset for model in found for row in model.rows))
-    width = 0.8 / len(found)
-    for axes, (label, of) in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown.items(), strict=True):
-        for at, model in enumerate(found):
-            places = [names.index(row.subset) + (at - (len(found) - 1) / 2) * width for row in model.rows]
-            axes.bar(places, [of(row) or 0 for row in model.rows], width, label=model.name)
-        axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 7 else 0)
-        axes.set_ylabel(label)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(found))
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> Markup:
-    """Return a figure as SVG that templates leave as it is."""
-    return Markup(svg(figure))
-
-
-def _bars(evaluation: Evaluation) -> Markup:
-    """Draw action accuracy by subset, with 95 percent bounds and the majority class as a line."""
-    figure = Figure(figsize=(7, 3.2))
-    axes = figure.subplots()
-    values = [100 * row.accuracy["action"] for row in evaluation.rows]
-    below = [v - 100 * row.low["action"] for v, row in zip(values, evaluation.rows, strict=True)]
-    above = [100 * row.high["action"] - v for v, row in zip(values, evaluation.rows, strict=True)]
-    axes.bar([row.subset for row in evaluation.rows], values, yerr=[below, above], capsize=2, color="#3b6ea5")
-    axes.axhline(100 * evaluation.majority["action"], color="#b33", linewidth=1, label="majority class")
-    axes.set_ylabel("action accuracy (%)")
-    axes.tick_params(axis="x", rotation=60)
-    axes.legend()
-    return _svg(figure)
-
-
-def _curves(run: RunFolder) -> Markup:
-    """Draw training loss and validation action accuracy by epoch."""
-    figure = Figure(figsize=(7, 2.6))
-    left, right = figure.subplots(1, 2)
-    metrics = run.metrics()
-    epochs = [record["epoch"] for record in metrics]
-    for name in ("loss", "ce", "kl"):
-        if name in metrics[0]:
-            left.plot(epochs, [record[name] for record in metrics], label=name)
-    left.set_xlabel("epoch")
-    left.set_title("training loss")
-    left.legend()
-    for name in metrics[0]["val"]:
-        if name != "loss":
-            right.plot(epochs, [100 * record["val"][name] for record in metrics], label=name)
-    right.set_xlabel("epoch")
-    right.set_title("validation accuracy (%)")
-    right.legend()
-    return _svg(figure)
+def _hardest(each: Reported) -> dict[str, Markup]:
+    subset = each.evaluation.of("all")[0].subset
+    return {head: Markup(class_bars(rows, subset)) for head, rows in each.hardest.items()}

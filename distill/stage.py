@@ -100,11 +100,16 @@ def evaluate(run: RunFolder, table: ClipTable, cache: Place, asked: Asked) -> Ev
         from .evaluate import predict_run
         from .scores import judge
 
-        found = predict_run(run, table, cache, asked, stem.with_name(f"{stem.name}.safetensors"))
+        found = predict_run(run, table, cache, asked, predictions_path(run, asked))
         evaluation, confusion = judge(run, table, found, asked, made_from)
         publish(files[1], latex(compare([evaluation])).encode())
         evaluation.write(stem, confusion)
     return Evaluated(evaluation, files, was_there)
+
+
+def predictions_path(run: RunFolder, asked: Asked) -> Path:
+    """Return where the predictions of a run are kept."""
+    return run.path / "evaluation" / f"{asked.stem}.safetensors"
 
 
 def submit(
@@ -115,6 +120,6 @@ def submit(
     from .evaluate import predict_run
 
     require_heads(run)
-    found = predict_run(run, table, cache, asked, run.path / "evaluation" / f"{asked.stem}.safetensors")
+    found = predict_run(run, table, cache, asked, predictions_path(run, asked))
     write_submission(path, found, table.clip_ids, supervision)
     return found.failed

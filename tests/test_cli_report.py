@@ -65,7 +65,7 @@ def test_names_of_heads_are_shown_as_they_are(report):
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        ((), 2, "Say what to report on: --efficiency."),
+        ((), 1, "runs: no finished student here. Run karmma distill"),
         (("--efficiency", "--theta", "many"), 1, "--theta many: expected a number of tokens from 1 on, or none."),
         (("--efficiency", "--classes", "verb"), 1, "--classes verb: expected head=classes, at most a million"),
         (("--efficiency", "--classes", "a=1", "--classes", "a=2"), 1, "--classes a=1 a=2: a head is named twice."),

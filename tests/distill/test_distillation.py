@@ -5,7 +5,7 @@ import pytest
 import torch
 from karmma.data.cache import Cache
 from karmma.data.clips import read_clip_table
-from karmma.data.errors import CacheError, IncompleteCacheError, RunError, StaleCacheError
+from karmma.data.errors import CacheError, IncompleteCacheError, StaleCacheError
 from karmma.data.identity import input_identity
 from karmma.data.readers import ReaderPool
 from karmma.data.runs import RunFolder
@@ -14,7 +14,8 @@ from karmma.distill.config import StudentConfig
 from karmma.distill.distillation import Distillation
 from karmma.distill.dropout import seeded_dropout
 from karmma.distill.losses import kl_divergence
-from karmma.distill.stage import describe_run, distill_student, evaluate_student
+from karmma.distill.results import Asked
+from karmma.distill.stage import describe_run, distill_student, evaluate
 from karmma.distill.teacher import CachedTeacher, find_teacher, known_present
 from karmma.fuse.losses import cross_entropy
 from karmma.fuse.seeds import clip_seeds
@@ -155,15 +156,17 @@ def test_stage_trains_evaluates_and_does_neither_twice(table, data, config):
     assert (report.was_there, report.teacher) == (False, "t" * 16)
     assert distill_student(table, data, config).was_there
     run = RunFolder.open(report.run)
-    evaluation, files, was_there = evaluate_student(run, table, "test", "cpu")
-    assert not was_there
-    assert [row.subset for row in evaluation.rows] == ["V+A+D", "V+A", "V+D", "A+D", "V", "A", "D"]
-    assert all(file.exists() for file in files)
-    times = [file.stat().st_mtime_ns for file in files]
-    again, _, was_there = evaluate_student(run, table, "test", "cpu")
-    assert was_there
-    assert again == evaluation
-    assert [file.stat().st_mtime_ns for file in files] == times
+    asked = Asked("test", draws=2, device="cpu")
+    first = evaluate(run, table, data.cache, asked)
+    assert not first.was_there
+    subsets = ["V+A+D", "V+A", "V+D", "A+D", "V", "A", "D"]
+    assert [row.subset for row in first.evaluation.of("all")] == subsets
+    assert all(file.exists() for file in first.files)
+    times = [file.stat().st_mtime_ns for file in first.files]
+    again = evaluate(run, table, data.cache, asked)
+    assert again.was_there
+    assert again.evaluation.rows == first.evaluation.rows
+    assert [file.stat().st_mtime_ns for file in first.files] == times
 
 
 def test_student_without_teacher_trains_beside_a_cache_of_other_clips_or_settings(table, data, config, tmp_path):
@@ -218,14 +221,6 @@ def test_teacher_that_saw_another_file_of_a_clip_is_refused(table, data, config,
     cache = Cache(data.cache)
     with pytest.raises(StaleCacheError, match=r"24 clip\(s\) are not those that this teacher saw, such as 'clip_0000'"):
         find_teacher(cache, other, data, config.model_copy(update=WITH_TEACHER))
-
-
-def test_run_of_a_teacher_cannot_be_evaluated_as_a_student(table, tmp_path):
-    run = RunFolder(tmp_path / "teacher-1")
-    run.start({"kind": "teacher"})
-    run.finish({})
-    with pytest.raises(RunError, match="a teacher's run, expected a student's"):
-        evaluate_student(run, table, "test", "cpu")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from karmma.distill import measuring
 from karmma.distill.blueprint import EPIC, run_blueprint, student_blueprint, teacher_blueprint
 from karmma.distill.config import StudentConfig
 from karmma.distill.efficiency import count
+from karmma.distill.efficiency_report import write_efficiency
 from karmma.distill.measuring import measure
-from karmma.distill.report import write_efficiency
 from karmma.extract.config import BackboneConfig, ExtractConfig
 from karmma.fuse.config import TeacherConfig
 from torch.utils.flop_counter import FlopCounterMode
