@@ -137,13 +137,13 @@ def test_views_that_the_teachers_cache_lacks_are_told(made, tmp_path):
 
 
 def test_empty_split_and_unreadable_clips_are_told(made, sample, tmp_path):
-    table, data, _, run = made
+    _, data, _, run = made
     lines = (sample / "clips.csv").read_text().splitlines()
     (tmp_path / "t.csv").write_text("\n".join(line for line in lines if ",test," not in line) + "\n")
+    no_files = read_clip_table(tmp_path / "t.csv", data.heads)  # whose videos are not beside it
     with pytest.raises(TableError, match="no clip in split 'test'"):
-        predict_run(run, read_clip_table(tmp_path / "t.csv", data.heads), data.cache, ASKED, tmp_path / "p")
+        predict_run(run, no_files, data.cache, ASKED, tmp_path / "p")
     with pytest.raises(MediaError, match="No clip of 'val' can be read, such as clip_"):
-        no_files = read_clip_table(tmp_path / "t.csv", data.heads)  # whose videos are not beside it
         predict_run(run, no_files, data.cache, Asked("val", device="cpu"), tmp_path / "p")
 
 

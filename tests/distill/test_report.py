@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from karmma.data.clips import read_clip_table
+from karmma.data.config import DataConfig
 from karmma.data.modality import subsets
 from karmma.data.runs import RunFolder
 from karmma.distill.blueprint import student_blueprint
+from karmma.distill.config import StudentConfig
 from karmma.distill.efficiency import count
 from karmma.distill.examples import examples
 from karmma.distill.predictions import Predictions
@@ -19,17 +21,25 @@ from karmma.distill.results import Asked
 from karmma.distill.scores import judge
 
 M = ("video", "audio", "detections")
+DATA = DataConfig(
+    modalities=M, frames=4, size=32, max_boxes=3, audio_segment_s=0.256, audio_hop=128, audio_mels=24, audio_steps=32
+)
+CONFIG = StudentConfig(
+    video={"name": "swin3d_micro", "weights": "none"}, audio={"name": "ast_micro", "weights": "none"},
+    detections={"name": "stlt_micro", "weights": "none"}, theta=9, embed_dim=16, ffn_dim=16, n_attention_heads=2,
+)  # fmt: skip
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.fixture
-def reported(sample, data, config, table, tmp_path):
+@pytest.fixture(scope="module")
+def reported(sample, tmp_path_factory):
     """Two runs of other seeds and one without teacher, with made-up predictions."""
+    folder, data, table = tmp_path_factory.mktemp("runs"), DATA, read_clip_table(sample / "clips.csv", DATA.heads)
     out, classes = [], {head: list(table.classes(head)) for head in data.heads}
     rows = table.rows("test")
     for at, (teacher, seed) in enumerate([("t" * 16, 0), ("t" * 16, 1), ("none", 0)]):
-        run = RunFolder(tmp_path / f"student-{at}")
-        settings = config.model_copy(update={"seed": seed}).model_dump(mode="json")
+        run = RunFolder(folder / f"student-{at}")
+        settings = CONFIG.model_copy(update={"seed": seed}).model_dump(mode="json")
         described = {"kind": "student", "teacher": teacher, "settings": settings, "classes": classes}
         run.start({**described, "data": data.model_dump(mode="json"), "inputs": {"video": {"frames": 4}}})
         for epoch in range(3):
@@ -42,7 +52,7 @@ def reported(sample, data, config, table, tmp_path):
         }
         found = Predictions(rows, np.ones((len(rows), 3), bool), logits, {"clip_x": "no <such> file"})
         evaluation, _ = judge(run, table, found, Asked("test", draws=2), "digest")
-        cost = count(student_blueprint(data, config, {h: len(c) for h, c in classes.items()}))
+        cost = count(student_blueprint(data, CONFIG, sizes))
         out.append(Reported(run, evaluation, cost, examples(run, table, found)))
     return out
 
@@ -109,10 +119,10 @@ def test_examples_are_the_surest_right_and_wrong_ones(reported, table):
         assert example.truth == tuple(table.arrow.column(head)[at].as_py() for head in ("verb", "noun"))
 
 
-def test_clip_without_video_has_no_picture(reported, sample, data, tmp_path):
+def test_clip_without_video_has_no_picture(reported, sample, tmp_path):
     each = reported[0]
     (tmp_path / "t.csv").write_text((sample / "clips.csv").read_text())  # whose videos are not beside it
-    table = read_clip_table(tmp_path / "t.csv", data.heads)
+    table = read_clip_table(tmp_path / "t.csv", DATA.heads)
     rows = table.rows("test")
     classes = each.run.config["classes"]
     logits = {s: {h: torch.ones(len(rows), len(c)) for h, c in classes.items()} for s in subsets(M)}
