@@ -78,15 +78,32 @@ class Embedding(nn.Module):
         not matter.  whole: keep the places of a modality that every clip lacks, so that N does not depend on the batch.
         Raises ValueError if the two do not fit each other or the layer.
         """
+        return self.join(self.available(tokens, present), present, whole)
+
+    def available(self, tokens: Mapping[str, Tensor], present: Tensor) -> dict[str, Tensor]:
+        """Embed what is there: modality -> [B, k, E], without modalities that every clip lacks.
+
+        What comes out can be joined under any mask that leaves no more than `present`.
+        """
         self._check(tokens, present)
-        some, every = torch.stack((present.any(0), present.all(0))).tolist()  # one wait for the device, not 2 M
+        some, every = _some_and_every(present)
+        out = {}
+        for column, name in enumerate(self.modalities):
+            if some[column]:
+                out[name] = self._available(name, tokens[name], None if every[column] else present[:, column])
+        return out
+
+    def join(self, available: Mapping[str, Tensor], present: Tensor, whole: bool = False) -> Embedded:
+        """Put all modalities together, [B, N, E], what is learned in the place of what is missing."""
+        some, every = _some_and_every(present)
         parts = {}
         for column, name in enumerate(self.modalities):
-            here = None if every[column] else present[:, column]
-            if some[column]:
-                parts[name] = self._available(name, tokens[name], here)
-            else:
+            if not some[column]:
                 parts[name] = self._stand_in(name, present, whole)
+                continue
+            parts[name], learned = available[name], self._learned(name)
+            if learned is not None and not every[column]:
+                parts[name] = torch.where(present[:, column, None, None], parts[name], learned)
         counts = {name: part.shape[1] for name, part in parts.items()}
         mixed = any((one or whole) and not all_ for one, all_ in zip(some, every, strict=True))
         keep = self._keep(counts, present) if mixed and self.missing in UNEVEN else None
@@ -107,11 +124,7 @@ class Embedding(nn.Module):
             here = here[:, None, None]  # [B, 1, 1]
             tokens = tokens.masked_fill(~here, 0.0)  # else a NaN there would reach the gradient of the weights
         out = project(tokens.to(project.weight.dtype))  # [B, k, E]
-        if learned is None:
-            return out
-        if self.missing != "B.4":
-            out = out + learned
-        return out if here is None else torch.where(here, out, learned)
+        return out if learned is None or self.missing == "B.4" else out + learned
 
     def _stand_in(self, name: str, present: Tensor, whole: bool) -> Tensor:
         """Return [B, n, E] for what every clip lacks; n is 0 under ignore, 1 under B.1, otherwise, or if whole, k."""
@@ -149,3 +162,9 @@ class Embedding(nn.Module):
             fits = len(found) == 3 and found[0] == len(present) and found[2] == width
             if not fits or (fixed and found[1] != n_tokens):
                 raise ValueError(f"Tokens of {name} are {list(found)}, expected [{len(present)}, {n_tokens}, {width}].")
+
+
+def _some_and_every(present: Tensor) -> tuple[list[bool], list[bool]]:
+    """Say for each column of present [B, M] whether some clip has it, and whether every clip has."""
+    some, every = torch.stack((present.any(0), present.all(0))).tolist()  # one wait for the device, not 2 M
+    return some, every

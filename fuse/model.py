@@ -71,9 +71,15 @@ class FusionModel(nn.Module):
         seeds: one a clip, for dropout in training: a clip's result then depends on nobody beside it; None draws them.
         Raises ValueError if tokens and present do not fit each other or the model.
         """
+        return self.fuse(self.embedding.available(tokens, present), present, seeds)
+
+    def fuse(
+        self, available: Mapping[str, Tensor], present: Tensor, seeds: Sequence[int] | None = None
+    ) -> FusionOutput:
+        """Do as `forward` from what `embedding.available` gave, under any mask that leaves no more than it saw."""
         if not self.drops:
             seeds = None
-        embedded = self.embedding(tokens, present, whole=seeds is not None)
+        embedded = self.embedding.join(available, present, whole=seeds is not None)
         cls, averages = self.block(embedded, seeds)
         used = [column for column, name in enumerate(self.modalities) if embedded.counts[name]]
         fused = torch.stack([cls, *(averages[self.modalities[column]] for column in used)], dim=1)  # [B, 1 + used, E]

@@ -47,9 +47,8 @@ def reported(sample, tmp_path_factory):
             run.log({"epoch": epoch, "loss": 2.0 - epoch, "ce": 2.0, "kl": 0.1, "val": val})
         run.finish({"epoch": 2, "parameters": 1_234_567, "val": val, "failed": {}})
         draw = torch.Generator().manual_seed(at)
-        logits = {
-            s: {h: torch.randn(len(rows), len(c), generator=draw) for h, c in classes.items()} for s in subsets(M)
-        }
+        sizes = {head: len(names) for head, names in classes.items()}
+        logits = {s: {h: torch.randn(len(rows), n, generator=draw) for h, n in sizes.items()} for s in subsets(M)}
         found = Predictions(rows, np.ones((len(rows), 3), bool), logits, {"clip_x": "no <such> file"})
         evaluation, _ = judge(run, table, found, Asked("test", draws=2), "digest")
         cost = count(student_blueprint(data, CONFIG, sizes))
