@@ -37,20 +37,20 @@ def report(
         list[str] | None, typer.Option(help="head=classes (default: the table's, or EPIC-KITCHENS-100's 97 and 300)")
     ] = None,
     theta: Annotated[list[str], typer.Option(help="Theta-Average values to compare; none keeps all tokens")] = THETAS,
-    repeats: Annotated[int, typer.Option(min=0, help="timed passes of each subset; 0 only counts")] = 3,
+    repeats: Annotated[
+        int | None, typer.Option(min=0, help="timed passes of each subset; 0 only counts (default: 3, for the page 0)")
+    ] = None,
     device: Annotated[str, typer.Option(help="torch device to measure on")] = "auto",
     into: Annotated[Path | None, typer.Option(help="folder for the files (default: the runs folder)")] = None,
 ) -> None:
     """Write one HTML page about runs, evaluated if they are not yet; or what models cost, with --efficiency."""
     if not efficiency:
         runs = [RunFolder.open(folder) for folder in folders or []] or [latest_run(settings.data.runs, "student")]
-        _write_page(settings, runs, split, device, _folder(into) if into else None)
+        _write_page(settings, runs, Asked(split, device=device), repeats or 0, _folder(into) if into else None)
         return
-    from .data.device import choose_device
+    repeats = 3 if repeats is None else repeats
     from .distill.blueprint import run_blueprint
-    from .distill.efficiency import count
     from .distill.efficiency_report import write_efficiency
-    from .distill.measuring import measure
 
     if folders and classes:
         raise typer.BadParameter("Runs have classes of their own: leave out --classes, or the runs.")
@@ -58,38 +58,47 @@ def report(
     thetas = [_theta(text) for text in theta]
     blueprints = [run_blueprint(RunFolder.open(run), settings.extract) for run in folders or []]
     blueprints = blueprints or _configured(settings, classes)
-    found = [count(blueprint, thetas) for blueprint in blueprints]
-    if repeats:
-        on = choose_device(device)
-        with watched("measure", sum(len(model.rows) for model in found), "subsets") as progress:
-            pairs = zip(blueprints, found, strict=True)
-            found = [measure(blueprint, model, on, repeats, progress.advance) for blueprint, model in pairs]
+    found = _costs(blueprints, thetas, device, repeats)
     for model in found:
         _print(model)
     tell("Wrote " + ", ".join(str(path) for path in write_efficiency(found, where)))
 
 
-def _write_page(settings: Settings, runs: list[RunFolder], split: str, device: str, into: Path | None) -> None:
+def _costs(blueprints: list["Blueprint"], thetas: list[int | None], device: str, repeats: int) -> list["Efficiency"]:
+    """Count what models cost, and measure it unless repeats is 0."""
+    from .data.device import choose_device
+    from .distill.efficiency import count
+    from .distill.measuring import measure
+
+    found = [count(blueprint, thetas) for blueprint in blueprints]
+    if not repeats:
+        return found
+    on = choose_device(device)
+    with watched("measure", sum(len(model.rows) for model in found), "subsets") as progress:
+        pairs = zip(blueprints, found, strict=True)
+        return [measure(blueprint, model, on, repeats, progress.advance) for blueprint, model in pairs]
+
+
+def _write_page(settings: Settings, runs: list[RunFolder], asked: Asked, repeats: int, into: Path | None) -> None:
     """Write the page of one run into its folder, of several beside them."""
     from .distill.blueprint import run_blueprint
-    from .distill.efficiency import count
     from .distill.evaluate import predict_run
     from .distill.examples import examples
     from .distill.report import Reported, write_report
 
-    asked, reported, failed = Asked(split, device=device), [], 0
+    reported, failed = [], 0
     for run in runs:
         table = run_table(settings, run)
         evaluation = evaluate(run, table, settings.data.cache, asked).evaluation
         found = predict_run(run, table, settings.data.cache, asked, predictions_path(run, asked))
         try:
-            cost = count(run_blueprint(run, settings.extract))
+            (cost,) = _costs([run_blueprint(run, settings.extract)], [], asked.device, repeats)
         except ConfigError as error:  # the backbones behind a teacher's tokens are not those of the settings
             tell(f"Without its cost: {error}")
             cost = None
         reported.append(Reported(run, evaluation, cost, examples(run, table, found)))
         failed += len(evaluation.failed)
-    name = f"report-{split}.html" if len(runs) > 1 else f"{split}.html"
+    name = f"report-{asked.split}.html" if len(runs) > 1 else f"{asked.split}.html"
     folder = into or (settings.data.runs if len(runs) > 1 else runs[0].path / "evaluation")
     write_report(reported, folder / name)
     tell(f"Wrote {folder / name}")

@@ -1,0 +1,127 @@
+"""`karmma evaluate` on evaluations that are there: what is printed, side by side, and what is refused."""
+
+import json
+
+import pytest
+from karmma import cli, cli_evaluate
+from karmma.cli_options import Console
+from karmma.data.clips import read_clip_table
+from karmma.data.config import digest
+from karmma.data.runs import RunFolder
+from karmma.distill.results import Evaluation, RateRow, SubsetRow
+
+ROWS = ["a,a.mp4,train,lift,ball", "b,b.mp4,val,push,cup", "c,c.mp4,test,lift,cup", "d,d.mp4,test,push,ball"]
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, capsys):
+    """Run the command in a folder with a small table; return exit code, stdout and stderr."""
+    (tmp_path / "t.csv").write_text("\n".join(["clip_id,video,split,verb,noun", *ROWS]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_evaluate, "out", Console(width=100))
+
+    def run(*args):
+        monkeypatch.setattr("sys.argv", ["karmma", "evaluate", "--table", "t.csv", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Return a function that makes a finished and evaluated run of some label and accuracy."""
+
+    def make(name, label, accuracy, variant=None, failed=(), heads=("verb", "noun")):
+        table = read_clip_table(tmp_path / "t.csv", ("verb", "noun"))
+        run = RunFolder(tmp_path / "runs" / name)
+        classes = {head: list(table.classes(head)) for head in heads}
+        run.start({"kind": "student", "classes": classes, "clips": table.content_digest()})
+        run.finish({"parameters": 1})
+        made_from = digest([run.config, run.result, table.content_digest(), 1, 5])
+        rows = []
+        for group, subset, gain in (("all", "V+A", 0.0), ("all", "V", -0.1), ("tail", "V+A", 0.1), ("tail", "V", 0.0)):
+            found = {"verb": accuracy + gain, "noun": None, "action": accuracy + gain}
+            rows.append(SubsetRow(group, subset, 2, 1, found, {**found, "noun": 0.0}, found, found, found))
+        spread = {"verb": 0.0, "noun": None, "action": 0.02}
+        rates = tuple(RateRow(at / 10, dict(rows[0].accuracy), spread) for at in (0, 9))
+        common = {"verb": 0.5, "noun": None, "action": 0.5}
+        evaluation = Evaluation(
+            name, label, variant or name, "test", 1, common, tuple(rows), rates, (), {"verb": [], "noun": []},
+            {clip_id: "cannot be read" for clip_id in failed}, made_from,
+        )  # fmt: skip
+        evaluation.write(run.path / "evaluation" / "test", {})
+        (run.path / "evaluation" / "test.tex").write_text("")
+        return run.path
+
+    return make
+
+
+def test_one_run_is_shown_by_subset_group_and_rate(evaluate, finished):
+    code, out, err = evaluate(finished("student-1", "KARMMA_S", 0.423))
+    assert code == 0
+    assert "Nothing to do: this was evaluated already." in err
+    for text in ("42.3", "32.3", "52.3", "commonest", "tail", "90%", "42.3 ± 2.0"):
+        assert text in out, text
+    assert "test.json" in err
+
+
+def test_latest_student_is_taken_and_failures_end_with_3(evaluate, finished):
+    finished("student-1", "KARMMA_S", 0.4, failed=["c"])
+    code, _, err = evaluate()
+    assert code == 3
+    assert "failed: c: cannot be read" in err
+
+
+def test_several_runs_stand_side_by_side_with_seeds_averaged(evaluate, finished, tmp_path):
+    runs = [finished(f"student-{at}", "KARMMA_S", value, "same") for at, value in enumerate((0.4, 0.5))]
+    code, out, err = evaluate(*runs, finished("student-9", "Baseline", 0.3))
+    assert code == 0
+    assert "45.0 ± 7.1" in out
+    assert "2 runs" in out
+    assert "average rank" in out
+    table = (tmp_path / "runs" / "comparison-test.csv").read_text()
+    assert table.count("KARMMA_S") == 2
+    assert "comparison-test.tex" in err
+
+
+def test_table_that_changed_since_training_is_told(evaluate, finished, tmp_path):
+    run = finished("student-1", "KARMMA_S", 0.4)
+    described = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**described, "clips": "0" * 16}))
+    _, _, err = evaluate(run, "--split", "none")
+    assert "is not, or no longer, the table that this run was trained from" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (("nowhere",), 1, "nowhere: no run here (no config.json)"),
+        (("runs/student-1", "--split", "tset"), 1, "Unknown split 'tset'. Did you mean 'test'?"),
+        (("runs/student-1", "--views", "0"), 2, "greater than or equal to 1"),
+        (("runs/student-1", "--challenge", "s.zip", "--sls", "2,9,3"), 1, "--sls 2,9,3: expected three levels"),
+        (("runs/student-1", "runs/student-1", "--challenge", "s.zip"), 2, "A submission is of one run"),
+        (("runs/unfinished",), 1, "this run did not finish"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(evaluate, finished, args, code, said):
+    path = finished("student-1", "KARMMA_S", 0.4)
+    RunFolder(path.with_name("unfinished")).start({"kind": "student"})
+    found, _, err = evaluate(*args)
+    assert found == code
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_label_that_the_run_does_not_know_is_named(evaluate, finished, tmp_path):
+    run = finished("student-1", "KARMMA_S", 0.4)
+    (tmp_path / "t.csv").write_text("\n".join(["clip_id,video,split,verb,noun", *ROWS, "e,e.mp4,test,sing,cup"]) + "\n")
+    described = json.loads((run / "config.json").read_text())
+    data = {"modalities": ["video"]}
+    settings = {"modalities": None, "missing": "B.5", "modality_dropout": 0.5}
+    (run / "config.json").write_text(json.dumps({**described, "data": data, "settings": settings, "teacher": "none"}))
+    _, _, err = evaluate(run)
+    assert "TableError" in err or "RunError" in err
+    assert "Traceback" not in err
