@@ -40,7 +40,7 @@ class Cache:
     @classmethod
     def open(cls, path: Path | str) -> "Cache":
         """Open a cache that must be there already; raises CacheError if it is not."""
-        if not (place(path) / ROWS).exists():
+        if not has_cache(path):
             raise CacheError(f"{path}: no cache here. Run karmma extract --cache {path} first.")
         return cls(path)
 
@@ -271,6 +271,11 @@ class Cache:
                 f"allow them with --allow-failures {len(failures)}."
             )
         return failures
+
+
+def has_cache(path: Path | str) -> bool:
+    """Say whether a cache is there."""
+    return (place(path) / ROWS).exists()
 
 
 def is_receipt(found: Any) -> bool:

@@ -125,6 +125,13 @@ class DataConfig(StageConfig):
     )
     max_boxes: int = ours(8, "boxes kept per frame, best scores first", "Something-Else has at most 4 a frame", ge=1)
 
+    @field_validator("inputs")
+    @classmethod
+    def _a_folder(cls, value: Path) -> Path:
+        if ":/" in str(value):
+            raise ValueError("decoded clips are kept on a disk of this machine: name a folder")
+        return value
+
     @field_validator("modalities")
     @classmethod
     def _in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:

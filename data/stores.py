@@ -270,12 +270,7 @@ class LogitStore:
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return logits head -> [n, classes] of (row, view) pairs; raises IncompleteCacheError if one is not there."""
         rows = np.asarray(rows)
-        if view >= self.n_views or (len(rows) and np.max(rows) >= self.n_clips):
-            raise IncompleteCacheError(
-                f"{self.path}: holds {self.n_clips} clips in {self.n_views} view(s), asked for "
-                f"row {np.max(rows)} in view {view}. Train the teacher again."
-            )
-        missing = rows[self.states[rows, view] != PRESENT]
+        missing = rows[~self.has(rows, view)]
         if len(missing):
             raise IncompleteCacheError(
                 f"{self.path}: no logits for {len(missing)} clip(s) in view {view}, first row "
@@ -289,5 +284,13 @@ class LogitStore:
 
     def has(self, rows: np.ndarray, view: int) -> np.ndarray:
         """Say for each row [n] whether its logits of `view` are there."""
+        return self._states(rows, view) == PRESENT
+
+    def is_written(self, rows: np.ndarray, view: int) -> np.ndarray:
+        """Say for each row [n] whether the teacher was asked about `view`, even if it says nothing."""
+        return self._states(rows, view) != UNWRITTEN
+
+    def _states(self, rows: np.ndarray, view: int) -> np.ndarray:
+        """Return the states [n]; those of rows and views that are not there are unwritten."""
         inside = (rows < self.n_clips) & (rows >= 0) & (view < self.n_views)
-        return inside & (self.states[np.where(inside, rows, 0), min(view, self.n_views - 1)] == PRESENT)
+        return np.where(inside, self.states[np.where(inside, rows, 0), min(view, self.n_views - 1)], UNWRITTEN)

@@ -22,13 +22,14 @@ class ClipDropout(nn.Module):
         self.p, self.layer, self.whole = p, layer, whole
         self.seeds: list[int] | None = None
 
-    @torch.compiler.disable  # it would compile anew for every seed
     def forward(self, x: Tensor) -> Tensor:
         """Drop values of x [R, ...], the R rows of the batch's clips one after the other, as many of each."""
         if not (self.training and self.p):
             return x
-        if self.p == 1:
-            return torch.zeros_like(x)
+        return torch.zeros_like(x) if self.p == 1 else self._dropped(x)
+
+    @torch.compiler.disable  # it would compile anew for every seed
+    def _dropped(self, x: Tensor) -> Tensor:
         seeds = self.seeds
         if not seeds or len(x) % len(seeds):  # a backbone with an order of its own
             seeds = torch.randint(2**63 - 1, (len(x),)).tolist()
@@ -48,9 +49,9 @@ def drop_by_clip(backbones: nn.Module) -> None:
     for parent in list(backbones.modules()):
         for name, child in parent.named_children():
             whole = type(child).__name__.endswith(WHOLE)
-            if whole or type(child) is nn.Dropout:
-                p = child.drop_prob if hasattr(child, "drop_prob") else child.p
-                setattr(parent, name, ClipDropout(p or 0.0, BACKBONES + n_found, whole))
+            p = getattr(child, "drop_prob", None) or getattr(child, "p", None)
+            if p and (whole or type(child) is nn.Dropout):  # where nothing drops, nothing is put between compiled parts
+                setattr(parent, name, ClipDropout(p, BACKBONES + n_found, whole))
                 n_found += 1
 
 

@@ -31,6 +31,9 @@ class StudentConfig(TrainingConfig):
     teacher: str | None = ours(
         None, "digest of the cached teacher, or 'none' for the paper's Baseline", "one teacher is the rule"
     )
+    views: int = ours(
+        0, "views that a student without teacher cycles through; 0: those of the cache, or 1", "as with a teacher", ge=0
+    )
     video: BackboneConfig = paper(backbone("swin3d_t", "kinetics400"), "backbone of V", "sec. 4")
     flow: BackboneConfig = paper(backbone("swin3d_t", "kinetics400"), "backbone of F", "sec. 4")
     audio: BackboneConfig = paper(backbone("ast_t", "none"), "backbone of A", "sec. 4")
@@ -71,11 +74,22 @@ class StudentConfig(TrainingConfig):
         variant = given.get("variant")
         meant = VARIANTS.get(variant, {}) if isinstance(variant, str) else {}
         for name, value in meant.items():
-            if given.get(name, value) not in (value, str(value)):
-                raise ValueError(f"variant {variant} means {name} {value}, found {given[name]}; leave one of them out")
+            asked = given.get(name)
+            if asked is not None and not _is_same(asked, value):
+                raise ValueError(f"variant {variant} means {name} {value}, found {asked}; leave one of them out")
         return {**given, **meant}
 
     @field_validator("modalities")
     @classmethod
     def _in_order(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return value and in_order(value)
+
+
+def _is_same(asked: Any, value: Any) -> bool:
+    """Say whether a value, perhaps still text, is the one that is meant."""
+    if isinstance(value, str):
+        return asked == value
+    try:
+        return float(asked) == value
+    except (TypeError, ValueError):
+        return False

@@ -14,6 +14,7 @@ from ..data.batches import plan_epoch
 from ..data.config import DataConfig
 from ..data.decoded import DecodedClips
 from ..data.device import arithmetic
+from ..data.errors import MediaError
 from ..data.modality import letters
 from ..data.progress import watched
 from ..data.runs import RunFolder
@@ -45,10 +46,10 @@ class Distillation:
         data: DataConfig,
         config: StudentConfig,
         teacher: CachedTeacher,
-        present: np.ndarray | None,
+        known: tuple[np.ndarray, dict[str, str]] | None,
         device: torch.device,
     ) -> None:
-        """present: [N, M] which modalities each clip has; None finds out by reading every clip."""
+        """known: present [N, M], which modalities each clip has, and clips that failed; None finds out by reading."""
         self.config, self.teacher, self.table, self.device = config, teacher, table, device
         self.labels = {head: torch.from_numpy(table.labels(head)) for head in data.heads}
         n_classes = {head: len(table.classes(head)) for head in data.heads}
@@ -57,24 +58,26 @@ class Distillation:
             recompute_blocks(backbone)
         if config.compile:
             self.student.compile()
-        self._stack, self._plan = ExitStack(), (-1, [])
-        self.stream = self._stack.enter_context(self._open_stream(data))
-        self.present = self._survey() if present is None else present
-        self.rows = usable_rows(table, data.heads, self.present)
+        self._plan: tuple[int, list[Drawn]] = (-1, [])
+        with ExitStack() as opened:  # what is open is closed if one of the next lines raises
+            self.stream = self._open_stream(data, opened)
+            self.present, failed = known or (self._survey(), {})
+            self.stream.failed.update(failed)
+            self.rows = usable_rows(table, data.heads, self.present)
+            self._opened = opened.pop_all()
         self.steps_per_epoch = -(-len(self.rows["train"]) // config.batch_size)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: object) -> None:
+        self._opened.__exit__(*error)
 
-    def _open_stream(self, data: DataConfig) -> ClipStream:
+    def _open_stream(self, data: DataConfig, opened: ExitStack) -> ClipStream:
         decoded, limit = None, round(self.config.decoded_gb * 1e9)
         if limit:
-            decoded = DecodedClips(self.table, data, self.student.modalities, limit, n_ranks())
-            self._stack.enter_context(decoded)
-        return ClipStream(
+            decoded = opened.enter_context(DecodedClips(self.table, data, self.student.modalities, limit, n_ranks()))
+        stream = ClipStream(
             self.table,
             data,
             self.student.modalities,
@@ -82,8 +85,8 @@ class Distillation:
             cache_mb=self.config.input_cache_mb,
             allow_failures=self.config.allow_failures,
             decoded=decoded,
-            pin=self.device.type == "cuda",
         )
+        return opened.enter_context(stream)
 
     def _survey(self) -> np.ndarray:
         """Find out by reading which modalities each clip has, [N, M] bool."""
@@ -101,11 +104,12 @@ class Distillation:
         self.teacher.require(self.rows["train"])
         with run.held() if is_first() else nullcontext():
             training = begin(self.student, self, self.config, run, described)
+            self.stream.failed |= training.position.failed
+            training.position.failed = self.stream.failed  # so that it is saved with the rest
             fit([training])
             training.finish()
-            failed = merged(self.stream.failed, self.device)
             if is_first():
-                run.finish({**training.result, "failed": failed})
+                run.finish({**training.result, "failed": self.stream.failed})
             wait()
 
     def plan(self, epoch: int) -> list[Drawn]:
@@ -125,7 +129,12 @@ class Distillation:
         return clip_seeds(self.config.seed, step, self.table.clip_ids[rows].tolist())
 
     def about(self, epoch: int) -> dict[str, Any]:
-        """Return how many clips were seen in which modalities, and a digest of (clip, modalities) in their order."""
+        """Return how many clips were to be seen in which modalities, and a digest of (clip, modalities) in their order.
+
+        Raises MediaError if more clips have failed on all ranks together than are allowed.
+        """
+        self.stream.failed |= merged(self.stream.failed, self.device)
+        self.stream.require_few_failures()
         rows, wanted = (np.concatenate(each) for each in zip(*self.plan(epoch), strict=True))
         sets, counts = np.unique(wanted, axis=0, return_counts=True)
         names = [letters([m for m, has in zip(self.student.modalities, one, strict=True) if has]) for one in sets]
@@ -143,7 +152,8 @@ class Distillation:
 
     def learn(self, batch: ClipBatch, step: int) -> dict[str, Tensor]:
         """Take the gradients of Eq. 5, one part of the batch after the other; return its parts."""
-        totals = count_labels(self._labels(batch.rows)), count_clips(batch.rows, self.device)
+        spoken = batch.rows[self.teacher.speaks(batch.rows, batch.view)]
+        totals = count_labels(self._labels(batch.rows)), count_clips(spoken, self.device)
         names = ("loss", "ce", "kl") if self.teacher.store else ("loss", "ce")
         sums = {name: torch.zeros((), device=self.device) for name in names}
         for part in batch.parts(self.config.accumulate) if len(batch.rows) else ():
@@ -158,17 +168,21 @@ class Distillation:
     ) -> dict[str, Tensor]:
         """Return Eq. 5: gamma CE + lambda KL, and its parts; without a teacher, CE alone.
 
-        n_labelled, n_clips: those of a whole batch, of which this is a part.
+        A clip that has none of the teacher's modalities has no part in KL.
+        n_labelled, n_clips: those of a whole batch, of which this is a part; n_clips where the teacher has logits.
         """
-        inputs = {modality: values.to(self.device, non_blocking=True) for modality, values in batch.inputs.items()}
+        inputs = {modality: values.to(self.device) for modality, values in batch.inputs.items()}
         with arithmetic(self.config.precision, self.device):
             output = self.student(inputs, batch.present.to(self.device), self._seeds(batch.rows, step))
         ce = cross_entropy(output.logits, self._labels(batch.rows), n_labelled)
-        cached = self.teacher.logits(batch.rows, batch.view)
-        if cached is None:
+        if self.teacher.store is None:
             return {"loss": ce, "ce": ce}
+        spoken = self.teacher.speaks(batch.rows, batch.view)
+        cached = self.teacher.logits(batch.rows[spoken], batch.view)
         targets = {head: torch.from_numpy(values).to(self.device) for head, values in cached.items()}
-        kl = kl_divergence(output.logits, targets, self.config.temperature, n_clips)
+        heard = torch.from_numpy(spoken).to(self.device)
+        ours = {head: logits[heard] for head, logits in output.logits.items()}
+        kl = kl_divergence(ours, targets, self.config.temperature, n_clips)
         return {"loss": self.config.gamma * ce + self.config.kl_lambda * kl, "ce": ce, "kl": kl}
 
     def _labels(self, rows: np.ndarray) -> dict[str, Tensor]:
@@ -183,5 +197,7 @@ class Distillation:
         found = subset_logits(model, self.stream, own_part(self.rows["val"]), [every], self.device)
         rows = over_ranks(torch.from_numpy(found.rows).to(self.device)).cpu()
         logits = {head: over_ranks(part.to(self.device)).cpu() for head, part in found.logits[every].items()}
+        if not len(rows):
+            raise MediaError("No validation clip can be read, so there is nothing to choose weights by. Mend them.")
         labels = {head: values[rows] for head, values in self.labels.items()}
         return {**accuracy(logits, labels), "loss": cross_entropy(logits, labels).item()}

@@ -60,9 +60,7 @@ def _by_student(
     device = choose_device(asked.device)
     student, data, _ = load_student(run, device)
     rows, chosen = table.rows(asked.split), subsets(student.modalities)
-    pin = device.type == "cuda"
-    how = {"readers": asked.readers, "allow_failures": len(rows), "pin": pin}
-    with ClipStream(table, data, student.modalities, **how) as stream:
+    with ClipStream(table, data, student.modalities, readers=asked.readers, allow_failures=len(rows)) as stream:
         return [subset_logits(student, stream, rows, chosen, device, count, view) for view in range(asked.views)]
 
 

@@ -95,7 +95,7 @@ class LiveTeacher:
 def check_teacher(
     table: ClipTable, data: DataConfig, extract: ExtractConfig, config: StudentConfig, n_clips: int
 ) -> LiveCheck:
-    """Compare cached logits with a live teacher's on n_clips clips, spread over table and views.
+    """Compare cached logits with a live teacher's on n_clips training clips, spread over table and views.
 
     Raises as `find_teacher` and `LiveTeacher`, and MediaError if a clip cannot be read.
     """
@@ -106,6 +106,8 @@ def check_teacher(
     live = LiveTeacher(cache, teacher, data, extract, choose_device(config.device))
     errors, largest, n_agree, n_done = [0.0], 0.0, 0, 0
     for batch in _replayed(table, data, config, teacher, live, n_clips):
+        if not len(batch.rows):
+            continue
         found, cached = live.logits(batch), teacher.logits(batch.rows, batch.view)
         for head, now in found.items():
             before = torch.from_numpy(cached[head])
@@ -122,7 +124,9 @@ def _replayed(
     """Read the chosen clips in every modality of the teacher, each in a view that it saw."""
     size = live.batch_size
     with (
-        ClipStream(table, data, live.modalities, readers=config.readers) as stream,
+        ClipStream(
+            table, data, live.modalities, readers=config.readers, allow_failures=config.allow_failures
+        ) as stream,
         watched("check teacher", n_clips, "clips") as progress,
     ):
         for view, rows in _chosen(teacher, n_clips):
@@ -137,7 +141,7 @@ def _chosen(teacher: CachedTeacher, n_clips: int) -> Iterator[tuple[int, np.ndar
     """Yield (view, table rows) of n_clips in all, or as many as there are, spread over those that have logits."""
     n_views = teacher.n_views
     for view in range(n_views):
-        (there,) = np.nonzero(teacher.store.has(teacher.cache_rows, view))
+        (there,) = np.nonzero(teacher.speaks(np.arange(len(teacher.cache_rows)), view))
         n = min(len(there), n_clips // n_views + (view < n_clips % n_views))
         if n:
             yield view, there[np.linspace(0, len(there) - 1, n).round().astype(int)]

@@ -24,9 +24,9 @@ def kl_divergence(
     """Return KL(teacher || student), mean over clips and heads, times temperature squared; float32 or better.
 
     student, teacher: head -> [B, N_h] logits. The student's heads count; no gradient reaches the teacher. Equal logits
-    give 0. Where several ranks train, clips are counted over all of them, so that the mean of their losses is that of
-    the whole batch.  n_clips: what `count_clips` says of a whole batch; these clips are then a part of it, and the
-    losses of all parts add up to the whole one's.
+    give 0, as do no clips. Where several ranks train, clips are counted over all of them, so that the mean of their
+    losses is that of the whole batch.  n_clips: what `count_clips` says of a whole batch; these clips are then a part
+    of it, and the losses of all parts add up to the whole one's.
     Raises ConfigError if temperature <= 0, ValueError if a head of the student has no equal in the teacher.
     Source: KARMMA eq. 4; the factor keeps the gradient's size when the temperature changes (Hinton et al., 2015).
     """
@@ -41,7 +41,7 @@ def kl_divergence(
         parts.append(F.kl_div(ours, theirs, reduction="sum", log_target=True))
     if n_clips is None:
         n_clips = count_clips(logits, logits.device)
-    return torch.stack(parts).mean() * temperature**2 * n_ranks() / n_clips
+    return torch.stack(parts).mean() * temperature**2 * n_ranks() / n_clips.clamp(min=1)
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.annotations import ClipTable
-from ..data.cache import Cache
+from ..data.cache import Cache, has_cache
 from ..data.config import PLACES, DataConfig, Place, digest
 from ..data.identity import input_identity
 from ..data.publish import publish
@@ -21,7 +21,7 @@ from .results import Asked, Evaluation
 from .teacher import CachedTeacher, find_teacher, known_present
 
 NOT_DECISIVE = SHARED | {
-    *("variant", "teacher"),  # what they come to is said elsewhere
+    *("variant", "teacher", "views"),  # what they come to is said elsewhere
     *("accumulate", "recompute", "readers", "input_cache_mb", "decoded_gb"),
 }
 
@@ -45,7 +45,7 @@ def distill_student(table: ClipTable, data: DataConfig, config: StudentConfig) -
     IncompleteCacheError if a training clip has no logits.
     """
     require_labels(table, data.heads)
-    cache = None if config.teacher == NO_TEACHER else Cache.open(data.cache)
+    cache = Cache.open(data.cache) if config.teacher != NO_TEACHER or has_cache(data.cache) else None
     teacher = find_teacher(cache, table, data, config)
     described = describe_run(table, data, config, teacher)
     run = RunFolder(data.runs / f"student-{digest(described)[:8]}")
@@ -56,8 +56,8 @@ def distill_student(table: ClipTable, data: DataConfig, config: StudentConfig) -
         from ..fuse.training import prepare
         from .distillation import Distillation
 
-        present = known_present(cache, table, data, config)
-        with joined(prepare(config)) as device, Distillation(table, data, config, teacher, present, device) as course:
+        known = known_present(cache, table, data, config)
+        with joined(prepare(config)) as device, Distillation(table, data, config, teacher, known, device) as course:
             course.train(run, described)
     return StudentReport(run.path, teacher.digest, modalities, run.result, was_there)
 
@@ -71,6 +71,7 @@ def describe_run(table: ClipTable, data: DataConfig, config: StudentConfig, teac
         "data": data.model_dump(mode="json", exclude=PLACES),
         "inputs": {modality: input_identity(modality, data) for modality in modalities},
         "teacher": teacher.digest,
+        "views": teacher.n_views,
         "clips": table.content_digest(),
         "classes": {head: list(table.classes(head)) for head in data.heads},
     }

@@ -54,7 +54,7 @@ class ClipStream:
 
     A clip that fails is reported by name; more than `allow_failures` of them raise MediaError.  An allowed failure
     is a missing modality, and a clip with nothing left leaves its batch.  decoded: where clips may lie decoded already,
-    and are kept.  pin: the batches go to a GPU.
+    and are kept.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class ClipStream:
         cache_mb: int = 0,
         allow_failures: int = 0,
         decoded: DecodedClips | None = None,
-        pin: bool = False,
     ) -> None:
         self.table, self.data, self.modalities = table, data, tuple(modalities)
-        self.allow_failures, self.decoded, self.pin = allow_failures, decoded, pin
+        self.allow_failures, self.decoded = allow_failures, decoded
         self.failed: dict[str, str] = {}
+        self._ahead_clips = 4 * readers  # enough for every reader to have something to do while a step is taken
         self._room, self._held = cache_mb * 2**20, {}
         self._pool = ReaderPool(readers, data)
 
@@ -87,11 +87,12 @@ class ClipStream:
         What is not wanted is neither decoded nor returned; what is wanted but absent is not `present`.
         """
         ahead: list[list[Callable[[], dict[str, Reading]]]] = []
-        for at in range(len(plan) + READ_AHEAD):
+        n_ahead = max(READ_AHEAD, -(-self._ahead_clips // max(len(plan[0][0]), 1))) if plan else 0
+        for at in range(len(plan) + n_ahead):
             if at < len(plan):
                 ahead.append(self._asked(*plan[at], view))
-            if at >= READ_AHEAD:
-                yield self._collate(plan[at - READ_AHEAD][0], view, [read() for read in ahead.pop(0)])
+            if at >= n_ahead:
+                yield self._collate(plan[at - n_ahead][0], view, [read() for read in ahead.pop(0)])
 
     def survey(self, rows: np.ndarray, count: Callable[[int], None] = lambda n: None) -> np.ndarray:
         """Read the clean view of every row once and return which modalities it has: present [n, M] bool."""
@@ -151,18 +152,23 @@ class ClipStream:
         for column, modality in enumerate(self.modalities):
             arrays = [readings[at][modality].array for at in np.flatnonzero(present[:, column])]
             if arrays:
-                stacked = torch.from_numpy(np.stack(arrays))
-                inputs[modality] = stacked.pin_memory() if self.pin else stacked
+                inputs[modality] = torch.from_numpy(np.stack(arrays))
         return ClipBatch(rows[kept], view, self.modalities, inputs, torch.from_numpy(present[kept]))
 
     def _note_failures(self, clip_id: str, found: dict[str, Reading]) -> None:
         for modality, reading in found.items():
-            if reading.state != FAILED or clip_id in self.failed:
+            before, said = self.failed.get(clip_id, ""), f"{modality} failed"
+            if reading.state != FAILED or said in before:
                 continue
-            self.failed[clip_id] = reading.reason
-            if len(self.failed) > self.allow_failures:
-                raise MediaError(
-                    f"{clip_id}: {modality} failed: {reading.reason.rstrip('.')}. Mend or remove the clip, or allow "
-                    f"it to lack this modality with --allow-failures {len(self.failed)}."
-                )
+            self.failed[clip_id] = f"{before}{'; ' * bool(before)}{said}: {reading.reason.rstrip('.')}"
+            self.require_few_failures()
             logger.warning("%s: %s failed and is treated as missing: %s", clip_id, modality, reading.reason)
+
+    def require_few_failures(self) -> None:
+        """Raise MediaError if more clips have failed than are allowed, and name the last one."""
+        if len(self.failed) > self.allow_failures:
+            clip_id, said = list(self.failed.items())[-1]
+            raise MediaError(
+                f"{clip_id}: {said}. Mend or remove the clip, or allow it to lack this modality with "
+                f"--allow-failures {len(self.failed)}."
+            )

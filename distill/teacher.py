@@ -8,20 +8,21 @@ import numpy as np
 from ..data.annotations import ClipTable
 from ..data.cache import Cache, table_digests
 from ..data.config import DataConfig
-from ..data.errors import CacheError, IncompleteCacheError, StaleCacheError, nearest
+from ..data.errors import CacheError, ConfigError, IncompleteCacheError, StaleCacheError, nearest
 from ..data.identity import differences, input_identity
 from ..data.modality import PRESENT
 from ..data.selection import fitting_stores, n_missing
-from ..data.stores import LogitStore
+from ..data.stores import LogitStore, TokenStore
 from .config import NO_TEACHER, StudentConfig
 
 
 class CachedTeacher:
     """Logits of one teacher for the clips of a table; without a store, the paper's Baseline."""
 
-    def __init__(self, store: LogitStore | None, cache_rows: np.ndarray) -> None:
+    def __init__(self, store: LogitStore | None, cache_rows: np.ndarray, n_views: int = 1) -> None:
+        """cache_rows: [N] of the table, -1 for clips that nobody asks for.  n_views: of a student without teacher."""
         self.store, self.cache_rows = store, cache_rows
-        self.n_views = store.n_views if store else 1
+        self.n_views = store.n_views if store else n_views
 
     @property
     def digest(self) -> str:
@@ -29,18 +30,23 @@ class CachedTeacher:
         return self.store.attributes["teacher"] if self.store else NO_TEACHER
 
     def require(self, rows: np.ndarray) -> None:
-        """Raise IncompleteCacheError unless every table row has logits in every view."""
+        """Raise IncompleteCacheError unless the teacher was asked about every table row in every view."""
         for view in range(self.n_views if self.store else 0):
-            missing = rows[~self.store.has(self.cache_rows[rows], view)]
-            if len(missing):
+            n_missing = int((~self.store.is_written(self.cache_rows[rows], view)).sum())
+            if n_missing:
+                foreign = "imported" in self.store.attributes
+                mend = "Import logits of all training clips" if foreign else "Run karmma train-teacher again"
                 raise IncompleteCacheError(
-                    f"{self.store.path}: {len(missing)} training clips have no logits in view "
-                    f"{view}. Run karmma train-teacher again."
+                    f"{self.store.path}: {n_missing} training clips have no logits in view {view}. {mend}."
                 )
 
-    def logits(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray] | None:
-        """Return logits head -> [n, N_h] of table rows in a view, None without a teacher; a gap raises."""
-        return self.store.read(self.cache_rows[rows], view) if self.store else None
+    def speaks(self, rows: np.ndarray, view: int) -> np.ndarray:
+        """Say for each table row [n] whether the teacher has logits: none without any of its modalities."""
+        return self.store.has(self.cache_rows[rows], view) if self.store else np.zeros(len(rows), bool)
+
+    def logits(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        """Return logits head -> [n, N_h] of table rows in a view; a gap raises IncompleteCacheError."""
+        return self.store.read(self.cache_rows[rows], view)
 
 
 def find_teacher(cache: Cache | None, table: ClipTable, data: DataConfig, config: StudentConfig) -> CachedTeacher:
@@ -48,8 +54,9 @@ def find_teacher(cache: Cache | None, table: ClipTable, data: DataConfig, config
 
     Raises CacheError if there is none or several, StaleCacheError if it saw other inputs or classes than asked for.
     """
-    if cache is None or config.teacher == NO_TEACHER:
-        return CachedTeacher(None, np.arange(table.n_clips))
+    if config.teacher == NO_TEACHER:
+        views = config.views or (known_views(cache, table, data, config) if cache else 1)
+        return CachedTeacher(None, np.arange(table.n_clips), views)
     names = {path.stem: path for path in sorted((cache.path / "logits").glob("*.zarr"))}
     if config.teacher is not None:
         wanted = Path(config.teacher).name
@@ -70,13 +77,20 @@ def find_teacher(cache: Cache | None, table: ClipTable, data: DataConfig, config
         raise CacheError(
             f"{cache.path}: {len(names)} teachers here: {', '.join(_named(names))}. Choose one with --teacher."
         )
-    store, rows = LogitStore.open(next(iter(names.values()))), cache.rows(table.clip_ids)
+    store, train = LogitStore.open(next(iter(names.values()))), table.rows("train")
     _require_same(store, table, data)
-    other = ~(store.is_made_from(rows, table_digests(table)) if rows.max() < store.n_clips else rows < store.n_clips)
-    if other.any():
+    if config.views not in (0, store.n_views):
+        raise ConfigError(
+            f"views is {config.views}, but {store.path} has {store.n_views}: a student sees the teacher's. Drop it."
+        )
+    rows = np.full(table.n_clips, -1)
+    rows[train] = cache.rows(table.clip_ids[train])
+    known = train[store.has(rows[train], 0)]
+    other = known[~store.is_made_from(rows[known], table_digests(table)[known])]
+    if len(other):
         raise StaleCacheError(
-            f"{store.path}: {other.sum()} clip(s) are not those that this teacher saw, such as "
-            f"{str(table.clip_ids[other][0])!r}: source or times changed. Extract and train the teacher again."
+            f"{store.path}: {len(other)} clip(s) are not those that this teacher saw, such as "
+            f"{str(table.clip_ids[other[0]])!r}: source or times changed. Extract and train the teacher again."
         )
     return CachedTeacher(store, rows)
 
@@ -99,22 +113,46 @@ def _require_same(store: LogitStore, table: ClipTable, data: DataConfig) -> None
         )
 
 
-def known_present(cache: Cache | None, table: ClipTable, data: DataConfig, config: StudentConfig) -> np.ndarray | None:
-    """Return which of the student's modalities each clip has, present [N, M] bool; None unless the cache knows it.
+def known_views(cache: Cache, table: ClipTable, data: DataConfig, config: StudentConfig) -> int:
+    """Return how many views of every training clip the cache has, in all of the student's modalities; at least 1.
 
-    Raises IncompleteCacheError if more clips failed at extraction than config.allow_failures.
+    So a student without teacher sees the same views as one with it.
     """
-    if cache is None:
-        return None
-    columns = []
+    found = []
     for modality in config.modalities or data.modalities:
-        try:
-            stores = fitting_stores(cache, modality, data)
-        except StaleCacheError:  # a modality that the teacher has not seen either
-            return None
-        whole = [name for name in stores if n_missing(cache, table, modality, name) == 0]
+        whole = _whole_stores(cache, table, modality, data)
+        gaps = [[n_missing(cache, table, modality, name, view) > 0 for view in range(store.n_views)]
+                for name, store in whole.items()]  # fmt: skip
+        found.append(max(((*each, True).index(True) for each in gaps), default=1))
+    return max(1, min(found))
+
+
+def known_present(
+    cache: Cache | None, table: ClipTable, data: DataConfig, config: StudentConfig
+) -> tuple[np.ndarray, dict[str, str]] | None:
+    """Return which of the student's modalities each clip has, present [N, M] bool, and the clips that failed.
+
+    None unless the cache knows it.  Raises IncompleteCacheError if more clips failed at extraction than
+    config.allow_failures; of a student without teacher the cache is no judge, and such clips are read again.
+    """
+    columns, failed = [], {}
+    for modality in config.modalities or data.modalities:
+        whole = _whole_stores(cache, table, modality, data) if cache else {}
         if not whole:
             return None
-        cache.require_usable(modality, whole[0], table.clip_ids, config.allow_failures)
-        columns.append(stores[whole[0]].state(cache.rows(table.clip_ids), 0) == PRESENT)
-    return np.stack(columns, axis=1)
+        name, store = next(iter(whole.items()))
+        if config.teacher == NO_TEACHER and cache.failures(modality, name, table.clip_ids):
+            return None
+        failures = cache.require_usable(modality, name, table.clip_ids, config.allow_failures)
+        failed |= {clip_id: f"{modality} failed: {reason}" for clip_id, reason in failures.items()}
+        columns.append(store.state(cache.rows(table.clip_ids), 0) == PRESENT)
+    return np.stack(columns, axis=1), failed
+
+
+def _whole_stores(cache: Cache, table: ClipTable, modality: str, data: DataConfig) -> dict[str, TokenStore]:
+    """Return by digest the stores of these inputs that have the clean view of every clip; there may be none."""
+    try:
+        stores = fitting_stores(cache, modality, data)
+        return {name: store for name, store in stores.items() if n_missing(cache, table, modality, name) == 0}
+    except (StaleCacheError, IncompleteCacheError):  # of other settings, or of other clips
+        return {}

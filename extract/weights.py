@@ -130,5 +130,6 @@ def require_identity(
         wanted = cache.identities(modality).get(store, {})
         raise CacheError(
             f"{cache.path}: this process would not make the {modality} tokens {store}: "
-            f"{'; '.join(differences(found, wanted))}. Install the same versions and weights everywhere."
+            f"{'; '.join(differences(found, wanted))}. Use the cache's settings (--set extract.theta=... and so on), "
+            "and the same versions and weights everywhere."
         )

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from ..data.config import StageConfig, Theta, ours, paper
 
 # Settings that do not decide what a training ends with.
-NOT_DECISIVE = frozenset({"device", "threads", "resume", "save_minutes"})
+NOT_DECISIVE = frozenset({"device", "threads", "resume", "save_minutes", "allow_failures"})
 Missing = Literal["ignore", "B.1", "B.2", "B.3", "B.4", "B.5"]
 
 

@@ -85,7 +85,7 @@ def _epoch(course: Course, trainings: list[Training], onlooker: Onlooker, shown:
                 training.save()
         last, waiting.seconds = now, 0.0
         found = going[0].position
-        shown.advance(1, f"epoch {found.epoch}, loss {found.sums['loss'] / found.n_clips:.3f}")
+        shown.advance(1, f"epoch {found.epoch}, loss {found.sums['loss'] / max(found.n_clips, 1):.3f}")
     return going
 
 

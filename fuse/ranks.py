@@ -98,6 +98,8 @@ def average_gradients(model: nn.Module) -> None:
     is_used = [parameter.grad is not None for parameter in parameters]
     n_users = summed(torch.tensor(is_used, dtype=torch.int32, device=parameters[0].device)).tolist()
     shared = [parameter for parameter, n in zip(parameters, n_users, strict=True) if n]
+    if not shared:  # a batch whose clips all failed
+        return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in shared])
     dist.all_reduce(flat)
     flat /= n_ranks()

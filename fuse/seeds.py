@@ -35,4 +35,4 @@ def kept(drawn: Tensor, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return 1 where a weight stays and 0 where it is dropped, with probability p, from its levels."""
     # Straight into numbers: multiplying by truth values takes ten times as long.
     numbers = torch.empty(drawn.shape, dtype=dtype, device=drawn.device)
-    return torch.ge(drawn, round(p * LEVELS) - LEVELS // 2, out=numbers)
+    return torch.ge(drawn, min(round(p * LEVELS), LEVELS - 1) - LEVELS // 2, out=numbers)

@@ -48,7 +48,10 @@ class Course(Protocol):
 
 @dataclass
 class Position:
-    """Where a training is: the next step to take, and what its epoch has added up to so far."""
+    """Where a training is: the next step to take, and what its epoch has added up to so far.
+
+    failed: clip id -> reason, of clips that could not be read whole until then.
+    """
 
     epoch: int = 0
     at: int = 0
@@ -57,6 +60,7 @@ class Position:
     seconds: float = 0.0
     waiting: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 class Training:
@@ -109,7 +113,8 @@ class Training:
         now = self.position
         if not math.isfinite(val["loss"]):
             raise RunError(f"Epoch {now.epoch}: the loss on validation is {val['loss']}. {self._calmer}")
-        record = {"epoch": now.epoch, **{name: value / now.n_clips for name, value in now.sums.items()}}
+        # No clip at all, if all of them failed.
+        record = {"epoch": now.epoch, **{name: value / max(now.n_clips, 1) for name, value in now.sums.items()}}
         record["lr"] = self.rate((now.epoch + 1) * self.course.steps_per_epoch - 1)
         record["clips_per_s"], record["waiting_share"] = now.n_clips / now.seconds, now.waiting / now.seconds
         record |= self.course.about(now.epoch)
@@ -119,7 +124,7 @@ class Training:
             self.run.log(record)
             if best is record:
                 self.run.save_checkpoint("best", self.model.state_dict(), {"epoch": now.epoch, "val": record["val"]})
-        self.position = Position(now.epoch + 1, best=best)
+        self.position = Position(now.epoch + 1, best=best, failed=now.failed)
         self.save()
         return record
 
@@ -175,6 +180,8 @@ def begin(model: nn.Module, course: Course, config: TrainingConfig, run: RunFold
     training = Training(model, course, config, run)
     if training.resume():
         logger.info("%s: going on with epoch %d", run.path, training.position.epoch)
+    elif config.resume:
+        logger.warning("%s: nothing to go on with here; beginning with epoch 0", run.path)
     if is_first():
         run.start(described, training.position.epoch)
     return training

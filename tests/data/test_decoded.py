@@ -1,6 +1,7 @@
 """Decoded clips on disk: equal to decoding afresh, within their limit, and never trusted when damaged."""
 
 import os
+import shutil
 import threading
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig
 from karmma.data.decoded import DecodedClips
+from karmma.data.errors import CacheError
 from karmma.data.sample import write_sample
 
 M = ("video", "audio")
@@ -54,19 +56,60 @@ def test_what_was_kept_comes_back_bit_by_bit(table, data, array):
     assert again.read(0, 0, "audio") is None
 
 
-def test_clip_with_other_times_and_other_settings_are_other_files(table, data, sample, tmp_path):
+@pytest.fixture
+def own(sample, tmp_path):
+    """A table of one's own whose files may be changed."""
+    shutil.copytree(sample, tmp_path / "own")
+    return tmp_path / "own"
+
+
+def test_clip_with_other_times_and_other_settings_are_other_files(data, own):
+    table = read_clip_table(own / "clips.csv", data.heads)
     keep(table, data, PICTURE)
-    lines = (sample / "clips.csv").read_text().splitlines()
-    columns = lines[0].split(",")
+    lines = (own / "clips.csv").read_text().splitlines()
     cells = lines[1].split(",")
-    cells[columns.index("stop_s")] = "0.75" if "stop_s" in columns else cells[0]
-    text = "\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n"
-    (tmp_path / "t.csv").write_text(text.replace("videos/", f"{sample}/videos/").replace("boxes/", f"{sample}/boxes/"))
-    other = read_clip_table(tmp_path / "t.csv", data.heads)
+    cells[lines[0].split(",").index("stop_s")] = "0.75"
+    (own / "clips.csv").write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n")
+    other = read_clip_table(own / "clips.csv", data.heads)
     assert DecodedClips(other, data, M, 10**6).read(0, 0, "video") is None
     smaller = data.model_copy(update={"size": 32})
     assert DecodedClips(table, smaller, M, 10**6).read(0, 0, "video") is None
     assert DecodedClips(table, data.model_copy(update={"audio_hop": 81}), M, 10**6).read(0, 0, "video") is not None
+
+
+def test_file_that_was_replaced_or_lies_elsewhere_is_another(table, data, own):
+    mine = read_clip_table(own / "clips.csv", data.heads)
+    keep(mine, data, PICTURE)
+    assert DecodedClips(mine, data, M, 10**6).read(0, 0, "video") is not None
+    assert DecodedClips(table, data, M, 10**6).read(0, 0, "video") is None  # the same names in another folder
+    video = mine.clip(0).video
+    video.write_bytes(video.read_bytes() + b"\0")
+    assert DecodedClips(mine, data, M, 10**6).read(0, 0, "video") is None
+
+
+def test_array_that_is_being_written_is_not_written_twice(table, data, caplog):
+    for _ in range(5):
+        keep(table, data, PICTURE)
+        with DecodedClips(table, data, M, 10**6) as decoded:
+            for _ in range(20):
+                decoded.keep(1, 0, "video", PICTURE)
+        files(data)[-1].unlink()
+    assert caplog.text == ""
+
+
+def test_full_disk_is_said_once_and_stops_nothing(table, data, monkeypatch, caplog):
+    def full(*_, **__):
+        raise CacheError(f"{data.inputs}: cannot be written: No space left on device.")
+
+    monkeypatch.setattr("karmma.data.decoded.publish", full)
+    keep(table, data, *[PICTURE] * 4)
+    assert 1 <= caplog.text.count("No space left on device") <= 2  # two threads
+    assert files(data) == []
+
+
+def test_address_is_no_folder_for_decoded_clips():
+    with pytest.raises(ValueError, match="a disk of this machine"):
+        DataConfig(inputs="s3://bucket/inputs")
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:200] + b"\xff" + b[201:]])
@@ -113,5 +156,5 @@ def test_file_in_the_way_of_the_folder_is_said_and_stops_nothing(table, data, ca
 
 def test_no_thread_is_left(table, data):
     before = threading.active_count()
-    keep(table, data, PICTURE).__exit__()
+    keep(table, data, PICTURE).__exit__(None)
     assert threading.active_count() == before

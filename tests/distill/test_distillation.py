@@ -1,11 +1,14 @@
 """Distillation: masks from a seed, views joined to logits, and the right teacher or none."""
 
+import os
+import subprocess
+
 import numpy as np
 import pytest
 import torch
 from karmma.data.cache import Cache
 from karmma.data.clips import read_clip_table
-from karmma.data.errors import CacheError, IncompleteCacheError, StaleCacheError
+from karmma.data.errors import CacheError, ConfigError, IncompleteCacheError, MediaError, StaleCacheError
 from karmma.data.identity import input_identity
 from karmma.data.readers import ReaderPool
 from karmma.data.runs import RunFolder
@@ -44,7 +47,7 @@ def add_teacher(data, table, name="t" * 16, n_views=2, seed=0, **attributes):
 def course(table, data, config):
     cache, logits = add_teacher(data, table)
     teacher = find_teacher(cache, table, data, config.model_copy(update=WITH_TEACHER))
-    with Distillation(table, data, config, teacher, present=None, device=torch.device("cpu")) as course:
+    with Distillation(table, data, config, teacher, known=None, device=torch.device("cpu")) as course:
         course.made = logits
         yield course
 
@@ -101,11 +104,14 @@ def test_missing_logits_of_a_clip_and_view_raise(course, table):
     course.teacher.store.states[train[0], 1] = 0
     with pytest.raises(IncompleteCacheError, match="1 training clips have no logits in view 1"):
         course.teacher.require(train)
+    course.teacher.store.states[train[0], 1] = 2  # absent: it was asked, and has nothing to say
+    course.teacher.require(train)
+    assert course.teacher.speaks(train[:2], 1).tolist() == [False, True]
 
 
 def test_without_teacher_the_loss_is_cross_entropy_alone(table, data, config):
     none = CachedTeacher(None, np.arange(N))
-    with Distillation(table, data, config, none, present=None, device=torch.device("cpu")) as course:
+    with Distillation(table, data, config, none, known=None, device=torch.device("cpu")) as course:
         parts = course.losses(next(iter(course.batches(0))))
     assert set(parts) == {"loss", "ce"}
     assert parts["loss"] is parts["ce"]
@@ -114,7 +120,7 @@ def test_without_teacher_the_loss_is_cross_entropy_alone(table, data, config):
 @pytest.mark.parametrize("how", [{"accumulate": 3}, {"accumulate": 9}, {"recompute": True}], ids=str)
 def test_small_memory_gives_the_gradients_of_the_whole_batch(course, table, data, config, how):
     cached = course.teacher
-    with Distillation(table, data, config.model_copy(update=how), cached, course.present, course.device) as other:
+    with Distillation(table, data, config.model_copy(update=how), cached, (course.present, {}), course.device) as other:
         other.student.load_state_dict(course.student.state_dict())
         batch = next(iter(course.batches(1)))
         found = []
@@ -242,4 +248,99 @@ def test_variant_is_the_same_run_as_its_options(table, data, variant, options):
 def test_variant_that_is_contradicted_is_refused():
     with pytest.raises(ValueError, match=r"variant baseline means modality_dropout 0\.0, found 0\.5"):
         StudentConfig(variant="baseline", modality_dropout=0.5)
+    assert StudentConfig(variant="baseline", modality_dropout="0", teacher=None).teacher == "none"
     assert StudentConfig(variant="delta", missing="B.2").missing == "B.2"
+
+
+def test_foreign_teacher_of_training_clips_alone_will_do(table, data, config):
+    cache, _ = add_teacher(data, table, n_views=1)
+    train = table.rows("train")
+    (path,) = (cache.path / "logits").glob("*.zarr")
+    store = LogitStore.open(path)
+    logits = {head: store.values(head) for head in store.heads}
+    made_from = np.full(N, "", "<U8")
+    made_from[train] = cache.row_digests()[train]
+    state = np.zeros((N, 1))
+    state[train] = 1
+    LogitStore.write(path, logits, state, made_from, store.attributes)
+    teacher = find_teacher(cache, table, data, config.model_copy(update=WITH_TEACHER))
+    teacher.require(train)
+    assert teacher.speaks(train, 0).all()
+
+
+def test_clip_that_the_teacher_has_nothing_to_say_of_learns_from_its_label(course):
+    train, store = course.rows["train"], course.teacher.store
+    store.states[train[::2]] = 2
+    batch = next(iter(course.batches(0)))
+    spoken = course.teacher.speaks(batch.rows, 0)
+    assert 0 < spoken.sum() < len(spoken)
+    course.student.eval()
+    parts = course.losses(batch)
+    output = course.student(batch.inputs, batch.present)
+    targets = {h: torch.from_numpy(values[batch.rows[spoken], 0]) for h, values in course.made.items()}
+    kl = kl_divergence({h: logits[torch.from_numpy(spoken)] for h, logits in output.logits.items()}, targets)
+    assert parts["kl"].item() == pytest.approx(kl.item(), abs=1e-5)
+    store.states[train] = 2
+    assert course.losses(batch)["kl"].item() == 0
+    course.student.train()
+    assert course.learn(batch, 0)["kl"].item() == 0
+
+
+def test_student_without_teacher_sees_as_many_views_as_the_cache_has(table, data, config, monkeypatch):
+    monkeypatch.setattr("karmma.distill.teacher._whole_stores", lambda *_: {"x": type("Store", (), {"n_views": 4})})
+    monkeypatch.setattr("karmma.distill.teacher.n_missing", lambda cache, table, m, name, view: int(view > 2))
+    cache, _ = add_teacher(data, table)
+    assert find_teacher(cache, table, data, config).n_views == 3
+    assert find_teacher(cache, table, data, config.model_copy(update={"views": 2})).n_views == 2
+    assert find_teacher(None, table, data, config).n_views == 1
+    with pytest.raises(ConfigError, match=r"views is 5, but .* has 2: a student sees the teacher's"):
+        find_teacher(cache, table, data, config.model_copy(update={"views": 5, "teacher": None}))
+
+
+def broken_table(sample, data, tmp_path, *rows):
+    """Return the table with some videos that cannot be read."""
+    lines = (sample / "clips.csv").read_text().replace("boxes/", f"{sample}/boxes/").splitlines()
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    for row in range(N):
+        own = f"videos/clip_{row:04d}.mp4"
+        lines[row + 1] = lines[row + 1].replace(own, "bad.mp4" if row in rows else f"{sample}/{own}")
+    (tmp_path / "broken.csv").write_text("\n".join(lines) + "\n")
+    return read_clip_table(tmp_path / "broken.csv", data.heads)
+
+
+def test_batch_whose_clips_all_fail_is_left_out_and_they_are_named(table, sample, data, config, tmp_path):
+    train = table.rows("train")
+    bad = broken_table(sample, data, tmp_path, *train[:3])
+    alone = config.model_copy(update={"modalities": ("video",), "batch_size": 1, "epochs": 1, "allow_failures": 3})
+    known = np.ones((N, 1), bool), {}
+    run = RunFolder(tmp_path / "run")
+    with Distillation(bad, data, alone, CachedTeacher(None, np.arange(N)), known, torch.device("cpu")) as course:
+        course.train(run, {})
+    assert set(run.result["failed"]) == {str(table.clip_ids[row]) for row in train[:3]}
+    assert "video failed: " in next(iter(run.result["failed"].values()))
+
+
+def test_failures_of_the_extraction_count_and_are_named(table, data, config):
+    known = np.ones((N, 3), bool), {"clip_0003": "audio failed: no such file"}
+    config = config.model_copy(update={"allow_failures": 1})
+    with Distillation(table, data, config, CachedTeacher(None, np.arange(N)), known, torch.device("cpu")) as course:
+        course.about(0)
+        course.stream.failed["clip_0005"] = "video failed: damaged"
+        with pytest.raises(MediaError, match=r"clip_0005: video failed: damaged\. Mend .* --allow-failures 2"):
+            course.about(0)
+
+
+def test_survey_that_fails_leaves_no_reader(sample, data, config, table, tmp_path):
+    bad = broken_table(sample, data, tmp_path, table.rows("train")[5])
+    with pytest.raises(MediaError):
+        Distillation(bad, data, config, CachedTeacher(None, np.arange(N)), None, torch.device("cpu"))
+    found = subprocess.run(
+        ["pgrep", "-P", str(os.getpid()), "-f", "karmma.data.reader"], capture_output=True, text=True
+    )
+    assert found.stdout == ""
+
+
+def test_allowing_failures_later_goes_on_with_the_same_run(table, data, config):
+    none = CachedTeacher(None, np.arange(N))
+    allowed = config.model_copy(update={"allow_failures": 2})
+    assert describe_run(table, data, allowed, none) == describe_run(table, data, config, none)
