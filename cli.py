@@ -27,6 +27,7 @@ from .cli_options import (
     tell_some,
     with_options,
 )
+from .cli_predict import predict
 from .cli_report import report
 from .cli_sweep import sweep
 from .data.annotations import SPLITS
@@ -47,6 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command("predict")(predict)
 app.command("report")(report)
 app.command("sweep")(sweep)
 

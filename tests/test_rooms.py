@@ -18,7 +18,7 @@ NOWHERE = {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
 # The error with which torch.load(weights_only=True) refuses a hostile checkpoint: caught, nothing is unpickled.
 REFUSAL = ("pickle", "UnpicklingError")
 IN_ROOMS = sorted(path.relative_to(ROOT) for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
-COMMANDS = [Path("cli.py"), Path("cli_cache.py"), Path("cli_options.py"), Path("cli_report.py")]
+COMMANDS = sorted(path.relative_to(ROOT) for path in ROOT.glob("cli*.py"))
 FILES = [*IN_ROOMS, *COMMANDS]
 
 
