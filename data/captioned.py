@@ -76,10 +76,10 @@ def _write(
         sound = None
         if isinstance(film, Media) and film.has_sound:
             # Opened a second time: both are read side by side, so that memory does not grow with the film.
-            sound = Soundtrack(opened.enter_context(Media(film.path)), out)
+            sound = Soundtrack(opened.enter_context(Media(film.path)), film.start_s, out)
         for frame in _lasting(film):
             picture = drawn.picture(frame)
-            pictures = pictures or _Pictures(out, picture.shape)
+            pictures = pictures or _Pictures(out, picture.shape, _aspect(film, frame, picture))
             pictures.add(picture, frame, sound.lead_s if sound else 0.0)
             if sound:
                 sound.write_to(frame.time)
@@ -107,15 +107,23 @@ def _lasting(film: Film) -> Iterator[Frame]:
         yield held
 
 
+def _aspect(film: Film, frame: Frame, picture: np.ndarray) -> Fraction:
+    """Return the width of a pixel over its height, of a picture as it is drawn: upright."""
+    stated = (film.pictures.sample_aspect_ratio if isinstance(film, Media) else None) or Fraction(1)
+    is_turned = (frame.picture.height, frame.picture.width) != picture.shape[:2]
+    return 1 / stated if is_turned else stated
+
+
 class _Pictures:
     """The video stream of a file to be written, fed frame by frame."""
 
-    def __init__(self, out: "av.container.OutputContainer", shape: tuple[int, ...]) -> None:
+    def __init__(self, out: "av.container.OutputContainer", shape: tuple[int, ...], aspect: Fraction) -> None:
         height, width = shape[:2]
         self._out, self._lasts = out, {}
         stream = self._stream = out.add_stream("libx264", rate=30, options={"preset": "veryfast", "crf": "20"})
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         stream.time_base = stream.codec_context.time_base = TICK
+        stream.codec_context.sample_aspect_ratio = aspect
         # Players guess the colours of an unmarked stream by its size; what is written is BT.601, limited range.
         stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1
 

@@ -15,14 +15,13 @@ AAC_HZ = (48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 class Soundtrack:
     """Adds an audio stream to `out`, and writes to it what is heard of a film up to a moment.
 
-    media: the film, opened for nothing else.  lead_s: seconds by which sound begins before the first picture: the clock
-    of `out` starts with the earlier of the two, so pictures come that much later.  Raises MediaError if the sound
-    cannot be read.
+    media: the film, opened for nothing else and not yet read from.  zero_s: where its clock starts, in the file's own
+    time stamps.  lead_s: seconds by which sound begins before the first picture: the clock of `out` starts with the
+    earlier of the two, so pictures come that much later.  Raises MediaError if the sound cannot be read.
     """
 
-    def __init__(self, media: Media, out: "av.container.OutputContainer") -> None:
-        self._media, self._out, zero_s = media, out, media.start_s
-        track = media.sound  # only now: finding the start may have opened the file anew
+    def __init__(self, media: Media, zero_s: float, out: "av.container.OutputContainer") -> None:
+        self._media, self._out, track = media, out, media.sound
         codec = track.codec_context
         if codec is None:
             raise MediaError(f"{media.path}: this installation of PyAV has no decoder for its sound. Convert the file.")
