@@ -83,8 +83,10 @@ def _write(
             pictures.add(picture, frame, sound.lead_s if sound else 0.0)
             if sound:
                 sound.write_to(frame.time)
-            count(max(int(frame.time) - done_s, 0))
-            done_s, n_frames, end_s = max(int(frame.time), done_s), n_frames + 1, frame.time + frame.lasts
+            if int(frame.time) > done_s:
+                count(int(frame.time) - done_s)
+                done_s = int(frame.time)
+            n_frames, end_s = n_frames + 1, frame.time + frame.lasts
         # Numbered frames always end where one is missing: the question is whether there are more behind it.
         broken = film.broken and (isinstance(film, Media) or end_s < film.duration_s - EPSILON_S)
         if broken or pictures is None:

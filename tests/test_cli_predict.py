@@ -120,6 +120,7 @@ def test_long_video_gives_a_timeline_and_a_video_with_it_drawn_in(predict, tmp_p
         assert other.has_sound == one.has_sound
     assert f"Wrote out.mp4: {len(times[0])} frames." in err
     assert "Wrote clip_0001_timeline.csv: 5 rows." in err
+    assert err.count("draw: 1/1 s") == 1
 
 
 def test_timelines_of_several_files_share_one_csv(predict, tmp_path):
