@@ -4,7 +4,9 @@ import csv
 import json
 import shutil
 
+import cv2
 import karmma
+import numpy as np
 import pytest
 from karmma import cli, cli_options, cli_predict
 from karmma.data.media import Media
@@ -152,6 +154,22 @@ def test_video_that_cannot_be_drawn_is_told_after_all_else(predict, tmp_path):
     assert code == 3
     assert "s.wav" in out
     assert "failed: out.mp4 was not written: s.wav: has no picture to draw into" in err
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_window_that_fails_is_named_and_has_no_row(predict, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for number in {*range(1, 17)} - {7}:
+        picture = np.full((48, 64, 3), 10 * number, np.uint8)
+        (tmp_path / "frames" / f"{number:04d}.jpg").write_bytes(cv2.imencode(".jpg", picture)[1].tobytes())
+    asked = ("frames", "--video-fps", "8", "--window", "0.5", "--csv", "t.csv", "--video", "out.mp4")
+    code, _, err = predict(*asked)
+    assert code == 3
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert [row["start_s"] for row in csv.DictReader(file)] == ["0.000", "1.000", "1.500"]
+    assert "failed: frames, 0.5 to 1 s: video failed: " in err
+    assert "0007.jpg is missing" in err
+    assert "failed: out.mp4 was not written: frames: ends at 0.750 s before its time: 0007.jpg is missing" in err
     assert not (tmp_path / "out.mp4").exists()
 
 
