@@ -28,6 +28,7 @@ from .cli_options import (
     tell_some,
     with_options,
 )
+from .cli_predict import predict
 from .cli_report import report
 from .cli_sweep import sweep
 from .data.annotations import SPLITS
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command("evaluate")(evaluate)
+app.command("predict")(predict)
 app.command("report")(report)
 app.command("sweep")(sweep)
 

@@ -141,8 +141,10 @@ def decode_picture(data: bytes, name: str, decoders: dict[str, Any]) -> "av.Vide
         decoders[kind] = av.CodecContext.create(kind, "r")
         decoders[kind].thread_count = 1
         decoders[kind].options = {"err_detect": "explode", "max_pixels": str(MOST_PIXELS)}
+    packet = av.Packet(data)
+    packet.is_keyframe = True  # else FFmpeg takes a PNG for the difference to the one before
     try:
-        frames = decoders[kind].decode(av.Packet(data))
+        frames = decoders[kind].decode(packet)
     except (av.error.FFmpegError, MemoryError) as error:
         del decoders[kind]
         raise MediaError(f"{name} is damaged: {cause(error)}. Fetch it again.") from None

@@ -14,7 +14,7 @@ from errno import ENOTDIR, ENOTSUP, EOPNOTSUPP, EPERM
 from pathlib import Path
 from typing import Any
 
-from .errors import CacheError, cause
+from .errors import CacheError, KarmmaError, cause
 from .places import is_local, read_bytes, storage_errors
 
 # Bytes, or anything that holds bytes, such as an Arrow buffer.
@@ -39,7 +39,7 @@ def _blaming(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk, or a store that does not answer, into a line with the file and the next step."""
     try:
         yield
-    except CacheError:
+    except KarmmaError:  # said already, and perhaps of another file
         raise
     except storage_errors() as error:
         raise CacheError(

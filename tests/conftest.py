@@ -1,7 +1,7 @@
 """What tests in every room share: the real clips, where they are to be had."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -52,3 +52,50 @@ def bucket(object_store: str) -> str:
     name = f"bucket-{uuid4().hex[:12]}"
     s3fs.S3FileSystem().mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def make_student(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that writes a finished run of a tiny student of video, sound and boxes, as if trained."""
+    import torch
+    from karmma.data.config import PLACES, DataConfig
+    from karmma.data.runs import RunFolder
+    from karmma.distill.config import StudentConfig
+    from karmma.distill.stage import NOT_DECISIVE
+    from karmma.distill.student import build_student
+
+    torch.set_num_threads(1)  # reader processes share the cores
+    data = DataConfig(
+        modalities=("video", "audio", "detections"), frames=4, size=32, max_boxes=3, audio_segment_s=0.256,
+        audio_hop=128, audio_mels=24, audio_steps=32,
+    )  # fmt: skip
+    config = StudentConfig(
+        video={"name": "swin3d_micro", "weights": "none"}, flow={"name": "swin3d_micro", "weights": "none"},
+        audio={"name": "ast_micro", "weights": "none"},
+        detections={"name": "stlt_micro", "weights": "none"}, theta=9, embed_dim=16, ffn_dim=16, n_attention_heads=2,
+    )  # fmt: skip
+    classes = {"verb": ["lift", "lower", "pull", "push"], "noun": ["ball", "box", "cross", "kite", "ring", "tent"]}
+
+    def make(folder: Path | None = None, **changes: object) -> Path:
+        seen = data.model_copy(update=changes.pop("data", {}))
+        names = changes.pop("classes", classes)
+        student = build_student(seen, config, {head: len(known) for head, known in names.items()})
+        with torch.no_grad():  # clear-cut answers, so that one clip's cannot pass for another's
+            for parameter in student.fusion.mlp.parameters():
+                parameter.mul_(4)
+        run = RunFolder((folder or tmp_path_factory.mktemp("runs")) / "student-tiny")
+        described = {"kind": "student", "classes": names, "clips": "none"} | changes
+        described["settings"] = config.model_dump(mode="json", exclude=NOT_DECISIVE)
+        described["data"] = seen.model_dump(mode="json", exclude=PLACES)
+        run.start(described)
+        run.save_checkpoint("best", student.state_dict(), {})
+        run.finish({"epoch": 1})
+        return run.path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def student_run(make_student: Callable[..., Path]) -> Path:
+    """A finished run of a tiny student; nobody writes into it."""
+    return make_student()

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("data", "extract", "fuse", "distill")
+MODULES = {"__init__.py", *(path.name for path in ROOT.glob("cli*.py"))}
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def wheel(tmp_path_factory):
     """A wheel built from a copy of the tracked kind of files, so that the repository stays as it is."""
     source = tmp_path_factory.mktemp("source") / "karmma"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "py.typed", "__init__.py", "cli.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "py.typed", *MODULES):
         shutil.copy(ROOT / name, source / name)
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -32,7 +33,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_file_of_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         found = {name.removeprefix("karmma/") for name in archive.namelist() if name.startswith("karmma/")}
-    wanted = {"__init__.py", "cli.py", "py.typed"}
+    wanted = {*MODULES, "py.typed"}
     for room in ROOMS:
         wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / room).rglob("*.*") if p.is_file() and p.suffix != ".pyc"}
     assert found == wanted

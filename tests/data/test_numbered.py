@@ -136,6 +136,14 @@ def test_duration_counts_from_the_clock_and_not_from_the_first_file(folder):
 
 
 @pytest.mark.parametrize("kind", [".jpg", ".png", ".webp"])
+def test_picture_shows_itself_whatever_came_before_it(kind, numbered, number_in):
+    decoders = {}
+    for number in (0, 1, 2, 3, 4, 129, 3):
+        frame = decode_picture(encoded(numbered(number), kind), "picture", decoders)
+        assert number_in(frame.to_ndarray(format="rgb24")) == number
+
+
+@pytest.mark.parametrize("kind", [".jpg", ".png", ".webp"])
 def test_pictures_of_any_kind_agree_with_opencv(kind):
     ramp = np.add.outer(np.arange(48), np.arange(64)).astype(np.uint8)
     picture = np.dstack([ramp, 255 - ramp, np.full_like(ramp, 200)])
