@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ACTION = "action"
 
 
-@with_options("data.table", "data.runs", "data.cache")
+@with_options("data.table", "data.runs", "data.cache", "data.flow_weights")
 def evaluate(
     folders: Annotated[
         list[Path] | None, typer.Argument(metavar="RUN", help="run folders (default: the latest student)")
@@ -42,7 +42,7 @@ def evaluate(
     Several runs stand side by side; those that differ in their seed alone are averaged.
     """
     runs = [RunFolder.open(folder) for folder in folders or []] or [latest_run(settings.data.runs, "student")]
-    asked = Asked(split, views, draws, readers, device)
+    asked = Asked(split, views, draws, readers, device, settings.data.flow_weights)
     if challenge is not None:
         if len(runs) > 1:
             raise typer.BadParameter("A submission is of one run: name one, or leave out --challenge.")

@@ -46,7 +46,13 @@ def report(
     """Write one HTML page about runs, evaluated if they are not yet; or what models cost, with --efficiency."""
     if not efficiency:
         runs = [RunFolder.open(folder) for folder in folders or []] or [latest_run(settings.data.runs, "student")]
-        _write_page(settings, runs, Asked(split, device=device), repeats or 0, _folder(into) if into else None)
+        _write_page(
+            settings,
+            runs,
+            Asked(split, device=device, flow_weights=settings.data.flow_weights),
+            repeats or 0,
+            _folder(into) if into else None,
+        )
         return
     repeats = 3 if repeats is None else repeats
     from .distill.blueprint import run_blueprint

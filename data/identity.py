@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Raised by hand whenever our own reading, cropping, flow or spectrogram code changes what a model sees.
-PREPROCESSING = 3
+PREPROCESSING = 4
 FORMAT = 1
 
 

@@ -58,7 +58,7 @@ def _by_student(
     run: RunFolder, table: ClipTable, _: Place, asked: Asked, count: Callable[[int], None]
 ) -> list[Predictions]:
     device = choose_device(asked.device)
-    student, data, _ = load_student(run, device)
+    student, data, _ = load_student(run, device, asked.flow_weights)
     rows, chosen = table.rows(asked.split), subsets(student.modalities)
     with ClipStream(table, data, student.modalities, readers=asked.readers, allow_failures=len(rows)) as stream:
         return [subset_logits(student, stream, rows, chosen, device, count, view) for view in range(asked.views)]

@@ -16,7 +16,8 @@ Found = Mapping[str, float | None]  # by head, and "action"; None where no clip 
 class Asked:
     """What to evaluate.
 
-    views: how many are averaged, the clean one first.  draws: how often missing rates are drawn.
+    views: how many are averaged, the clean one first.  draws: how often missing rates are drawn.  flow_weights: RAFT's,
+    if that computes a student's flow.
     """
 
     split: str
@@ -24,6 +25,7 @@ class Asked:
     draws: int = 5
     readers: int = 2
     device: str = "auto"
+    flow_weights: Path | None = None
 
     @property
     def stem(self) -> str:

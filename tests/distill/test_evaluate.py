@@ -88,8 +88,8 @@ def test_every_backbone_runs_once_per_clip(made, tmp_path, monkeypatch):
     seen = []
     load = module.load_student
 
-    def watched(run, device):
-        student, *rest = load(run, device)
+    def watched(*asked):
+        student, *rest = load(*asked)
         for name, backbone in student.backbones.items():
             backbone.register_forward_hook(lambda m, args, out, name=name: seen.append((name, len(args[0]))))
         return student, *rest
