@@ -92,6 +92,16 @@ class Embedding(nn.Module):
         keep = self._keep(counts, present) if mixed and self.missing in UNEVEN else None
         return Embedded(torch.cat(list(parts.values()), dim=1), counts, keep)
 
+    def masked(self, tokens: Mapping[str, Tensor], present: Tensor) -> Embedded:
+        """Embed as `forward` does, every place kept, without asking which values `present` has: for traced graphs.
+
+        tokens: modality -> [B, k, D], all of them.  Where `forward` leaves tokens out, `keep` says so.
+        """
+        parts = {name: self._available(name, tokens[name], present[:, at]) for at, name in enumerate(self.modalities)}
+        counts = {name: part.shape[1] for name, part in parts.items()}
+        keep = self._keep(counts, present) if self.missing in UNEVEN else None
+        return Embedded(torch.cat(list(parts.values()), dim=1), counts, keep)
+
     def _learned(self, name: str) -> Tensor | None:
         """Return what replaces a missing modality, [1, E] or [k, E]; None if nothing does."""
         if self.missing == "ignore":
