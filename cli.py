@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from .cli_cache import cache_app
+from .cli_export import export
 from .cli_options import (
     DAMAGED,
     INTERRUPTED,
@@ -47,6 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command("export")(export)
 app.command("report")(report)
 app.command("sweep")(sweep)
 

@@ -13,12 +13,14 @@ MAY_IMPORT = {
     "distill": {"data", "extract", "fuse", "distill"},
 }
 IN_DATA, IN_EXTRACT = ("zarr", "h5py", "av", "cv2", "upath"), ("timm", "transformers", "dask", "distributed")
-ONLY_IN = dict.fromkeys(IN_DATA, "data") | dict.fromkeys(IN_EXTRACT, "extract") | {"typer": "cli.py"}
+IN_DISTILL = ("onnx", "onnxruntime", "onnxscript", "huggingface_hub")
+ONLY_IN = {"typer": "cli.py"} | dict.fromkeys(IN_DATA, "data") | dict.fromkeys(IN_EXTRACT, "extract")
+ONLY_IN |= dict.fromkeys(IN_DISTILL, "distill")
 NOWHERE = {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
 # The error with which torch.load(weights_only=True) refuses a hostile checkpoint: caught, nothing is unpickled.
 REFUSAL = ("pickle", "UnpicklingError")
 IN_ROOMS = sorted(path.relative_to(ROOT) for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
-COMMANDS = [Path("cli.py"), Path("cli_cache.py"), Path("cli_options.py"), Path("cli_report.py")]
+COMMANDS = sorted(path.relative_to(ROOT) for path in ROOT.glob("cli*.py"))
 FILES = [*IN_ROOMS, *COMMANDS]
 
 
