@@ -6,7 +6,8 @@ Each is held against the student before it gets its name, and has a JSON beside 
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch.export import ExportedProgram
 
 from .. import __version__
 from ..data.config import DataConfig, digest
-from ..data.errors import ConfigError, ExportError, InstallationError
+from ..data.errors import ConfigError, ExportError, InstallationError, is_memory_short, memory_short, one_line
 from ..data.modality import letters
 from ..data.noise import noise
 from ..data.publish import publish_json, read_json, written_by
@@ -62,7 +63,7 @@ def export_student(run: RunFolder, kind: str, path: Path | None = None) -> Expor
     student_settings(run.config, run.path)
     made_from = digest([kind, __version__, torch.__version__, run.config, run.result])
     known = read_json(about) if about.exists() and path.exists() else {}
-    if known.get("made_from") == made_from:
+    if known.get("made_from") == made_from and known["bytes"] == path.stat().st_size:
         return ExportReport(path, about, Agreement(**known["agreement"]), was_there=True)
     student, data, described = load_student(run, torch.device("cpu"))
     student.requires_grad_(False)
@@ -75,6 +76,7 @@ def export_student(run: RunFolder, kind: str, path: Path | None = None) -> Expor
                 f"{LIMIT:.0e}. Export in another format."
             )
     how = {"format": kind, "run": run.path.name, "made_from": made_from, "agreement": asdict(found)}
+    how["bytes"] = path.stat().st_size
     publish_json(about, {**how, **describe_export(student, data, described)})
     return ExportReport(path, about, found)
 
@@ -86,7 +88,7 @@ def describe_export(student: ClipModel, data: DataConfig, described: Mapping[str
         modality: {
             "dtype": str(noise(modality, data.input_shape(modality), 0).dtype),
             "shape": [BATCH, *data.input_shape(modality)],
-            "made": described["inputs"][modality],
+            "made": described.get("inputs", {}).get(modality),
         }
         for modality in columns
     }
@@ -151,15 +153,31 @@ def write_onnx(student: ClipModel, names: Mapping[str, str], path: Path) -> Answ
         raise ExportError(f"ONNX: the weights are {n_bytes / 1e9:.1f} GB, one file holds 2. Use --format torch.")
     traced(student, names, _converted).save(path, external_data=False)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; its warnings are about its own optimisation
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 4  # fatal errors: all others come as exceptions too
+    with _runtime_errors():
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     heads = [output.name for output in session.get_outputs()]
 
     def answer(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = session.run(heads, {name: values.numpy() for name, values in inputs.items()})
+        with _runtime_errors():
+            found = session.run(heads, {name: values.numpy() for name, values in inputs.items()})
         return {head: torch.from_numpy(logits) for head, logits in zip(heads, found, strict=True)}
 
     return answer
+
+
+@contextmanager
+def _runtime_errors() -> Iterator[None]:
+    """Turn the errors of onnxruntime, which have nothing in common but where they are, into one of ours."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    theirs = tuple(each for each in vars(state).values() if isinstance(each, type) and issubclass(each, Exception))
+    try:
+        yield
+    except theirs as error:
+        if is_memory_short(error):
+            raise memory_short(error, " in onnxruntime", "Close other programs and try again.") from None
+        raise ExportError(f"onnxruntime cannot run the export: {one_line(error)}. Use --format torch.") from None
 
 
 def _converted(program: ExportedProgram, outputs: Sequence[str]) -> "ONNXProgram":

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..data.errors import ConfigError, KarmmaError, RunError, one_line
+from ..data.errors import ConfigError, ExportError, KarmmaError, RunError, one_line
 from ..data.publish import publish, publish_folder, publish_json, read_json
 from ..data.runs import RunFolder
 from ..fuse.model import FusionOutput
@@ -24,6 +24,8 @@ from .student import filled_student, student_settings
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # Names that a model's pickled weights go by.
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+# The bases are those of the HTTP library that the hub's client uses, which has been several.
+HUB_ERRORS = (HFValidationError, HfHubHTTPError, *HfHubHTTPError.__bases__, OSError)
 KEPT = ("epoch", "val", "parameters")  # of a run's result; the rest names clips
 KEPT_ROWS = ("split", "majority", "rows")  # of an evaluation
 
@@ -49,7 +51,7 @@ class StudentHub(nn.Module, ModelHubMixin, library_name="karmma", tags=["karmma"
         about = {
             "run": run.path.name,
             "result": {name: result[name] for name in KEPT if name in result},
-            "evaluations": [{name: each[name] for name in KEPT_ROWS} for each in found],
+            "evaluations": [{name: each[name] for name in KEPT_ROWS} for each in found if {*KEPT_ROWS} <= {*each}],
             "license": licence,
         }
         return cls(student, {**described, **about})
@@ -78,9 +80,15 @@ class StudentHub(nn.Module, ModelHubMixin, library_name="karmma", tags=["karmma"
         return ModelCard(model_card(self.config, self.student, type(self)._hub_mixin_info.model_card_data, repo))
 
     def push_to_hub(self, repo_id: str, **how: Any) -> str:
-        """Send the folder that `save_pretrained` writes; see `ModelHubMixin.push_to_hub` for the options."""
+        """Send the folder that `save_pretrained` writes; see `ModelHubMixin.push_to_hub` for the options.
+
+        Raises ExportError if the hub cannot be reached, or does not let it in.
+        """
         how["model_card_kwargs"] = {"repo": repo_id, **(how.get("model_card_kwargs") or {})}
-        return super().push_to_hub(repo_id, **how)
+        try:
+            return super().push_to_hub(repo_id, **how)
+        except HUB_ERRORS as error:
+            raise ExportError(f"{repo_id}: cannot be pushed: {one_line(error)[:200]}. Try again.") from None
 
     @classmethod
     def from_pretrained(
@@ -144,7 +152,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{name}: {CONFIG} is damaged: {one_line(error)}. Save or fetch it again.") from None
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
+    except HUB_ERRORS as error:
         raise RunError(
             f"{name}: no such folder, and no student of that name can be had from the hub: {one_line(error)[:200]}. "
             "Name a folder that save_pretrained wrote, or owner/name."

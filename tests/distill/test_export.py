@@ -132,6 +132,8 @@ def test_same_export_again_is_left_as_it_is_and_another_is_not(run, unequal):
     assert again.path.stat().st_mtime_ns == before
     run.finish({**run.result, "epoch": 1})
     assert not export_student(run, "torch").was_there
+    first.path.write_bytes(b"cut")
+    assert not export_student(run, "torch").was_there
 
 
 @pytest.mark.parametrize(("value", "said"), [(0.01, "is 1.0e-02 from"), (np.nan, "is inf from")])
@@ -202,4 +204,10 @@ def test_what_onnx_cannot_hold_is_said(build, data, config, monkeypatch, tmp_pat
         write_onnx(build_student(data, one, {"audio": 4}), {"audio": "ast_micro"}, tmp_path / "file.onnx")
     monkeypatch.setattr(export, "ONNX_BYTES", 1000)
     with pytest.raises(ExportError, match=r"the weights are 0.\d GB, one file holds 2. Use --format torch"):
+        write_onnx(build("audio"), {"audio": "ast_micro"}, tmp_path / "file.onnx")
+
+
+def test_what_onnxruntime_says_no_to_is_one_line(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "traced", lambda *_: type("Bad", (), {"save": lambda _, path, **__: path.touch()})())
+    with pytest.raises(ExportError, match=r"onnxruntime cannot run the export: .*Use --format torch"):
         write_onnx(build("audio"), {"audio": "ast_micro"}, tmp_path / "file.onnx")

@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from karmma.data.errors import ConfigError, RunError
+from karmma.data.errors import ConfigError, ExportError, RunError
 from karmma.data.noise import noise
 from karmma.distill import hub
 from karmma.distill.hub import StudentHub, save_student
@@ -127,6 +127,16 @@ def test_push_sends_exactly_the_folder(run, monkeypatch):
     assert sent["token"] == "t"
     assert_same_bits(sent["logits"], logits(student))
     assert 'from_pretrained("somebody/student")' in sent["card"]
+
+
+def test_push_to_a_hub_that_is_not_there_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(
+        "huggingface_hub.hub_mixin.HfApi", lambda token: huggingface_hub.HfApi("http://127.0.0.1:9", "t")
+    )
+    with pytest.raises(ExportError, match=r"somebody/student: cannot be pushed: .*refused"):
+        StudentHub.of_run(run).push_to_hub("somebody/student")
+    with pytest.raises(ExportError, match="a b: cannot be pushed: "):
+        StudentHub.of_run(run).push_to_hub("a b")
 
 
 def test_student_on_the_hub_is_fetched_as_safetensors(run, tmp_path, monkeypatch):
