@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from .cli_options import Settings, out, tell, with_options
 from .data.runs import RunFolder, latest_run
@@ -40,8 +39,12 @@ def export(
     report = export_student(folder, kind, output)
     if report.was_there:
         tell("Nothing to do: this was exported already.")
-    table = Table("file", "MB", "clips compared", "largest difference of a logit")
-    megabytes = f"{report.path.stat().st_size / 1e6:.1f}"
-    table.add_row(str(report.path), megabytes, str(report.agreement.n_clips), f"{report.agreement.difference:.1e}")
-    out.print(table)
+    size, found = report.path.stat().st_size / 1e6, report.agreement
+    out.print(
+        f"{report.path}: {size:.1f} MB, {found.n_clips} clips compared with the student, "
+        f"largest difference of a logit {found.difference:.1e}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
     tell(f"Inputs, outputs and classes: {report.about}")
