@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .cli_cache import cache_app
 from .cli_evaluate import evaluate
+from .cli_export import export
 from .cli_options import (
     DAMAGED,
     INTERRUPTED,
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.command("evaluate")(evaluate)
 app.command("predict")(predict)
+app.command("export")(export)
 app.command("report")(report)
 app.command("sweep")(sweep)
 

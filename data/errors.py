@@ -48,6 +48,10 @@ class RunError(KarmmaError):
     """A run folder that is missing, unfinished or made for something else."""
 
 
+class ExportError(KarmmaError, RuntimeError):
+    """A model that cannot be exported, or whose export does not answer as the model does."""
+
+
 # What libraries say, in errors of any class, where memory is short: the allocators of torch, oneDNN, and threads that
 # get no stack.
 SHORT = (

@@ -8,7 +8,7 @@ from ..data.batches import TokenReader
 from ..data.cache import Cache, table_digests
 from ..data.config import Place, digest
 from ..data.device import choose_device
-from ..data.errors import IncompleteCacheError, MediaError, TableError
+from ..data.errors import IncompleteCacheError, MediaError, RunError, TableError
 from ..data.modality import in_order, subsets
 from ..data.progress import watched
 from ..data.runs import RunFolder
@@ -28,6 +28,11 @@ def predict_run(run: RunFolder, table: ClipTable, cache: Place, asked: Asked, pa
     cache: where a teacher's tokens are.  Raises TableError if the split is empty, MediaError if no clip can be read,
     IncompleteCacheError if a teacher's tokens are not there.
     """
+    kind = run.config.get("kind") if isinstance(run.config, dict) else None
+    if kind not in ("student", "teacher"):
+        raise RunError(
+            f"{run.path}: config.json is that of a {kind}, expected a student's or teacher's. Name another run."
+        )
     rows = table.rows(asked.split)
     if not len(rows):
         raise TableError(f"{table.path}: no clip in split {asked.split!r}. Choose another with --split.")
@@ -37,7 +42,7 @@ def predict_run(run: RunFolder, table: ClipTable, cache: Place, asked: Asked, pa
     if saved is not None:
         return saved
     with watched("evaluate", asked.views * len(rows), "clips") as progress:
-        predict = _by_student if run.config["kind"] == "student" else _by_teacher
+        predict = _by_student if kind == "student" else _by_teacher
         found = averaged_over(predict(run, table, cache, asked, progress.advance))
     if not len(found.rows):
         clip_id, reason = next(iter(found.failed.items()))

@@ -13,7 +13,7 @@ import torch
 from ..data.annotations import Clip
 from ..data.config import DataConfig
 from ..data.device import choose_device, enough_memory
-from ..data.errors import ConfigError, MediaError, RunError
+from ..data.errors import ConfigError, MediaError
 from ..data.footage import footage_clip, length_s
 from ..data.media import Reading
 from ..data.modality import ABSENT, FAILED, PRESENT, in_order
@@ -43,14 +43,6 @@ def load(run: str | os.PathLike, device: str = "auto", flow_weights: str | os.Pa
     ConfigError for a device that is not there.
     """
     on, folder = choose_device(device), RunFolder.open(Path(run))
-    kind = folder.config.get("kind") if isinstance(folder.config, dict) else None
-    if kind == "teacher":
-        raise RunError(
-            f"{folder.path}: a teacher's run, expected a student's: a teacher reads cached tokens, not raw files. "
-            "Distill a student from it with karmma distill, and name that run."
-        )
-    if kind != "student":
-        raise RunError(f"{folder.path}: the run of a {kind}, expected a student's. Name another run folder.")
     student, data, described = load_student(folder, on, flow_weights and Path(flow_weights))
     return Predictor(student, data, {head: tuple(names) for head, names in described["classes"].items()}, on)
 

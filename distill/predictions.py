@@ -131,10 +131,10 @@ def _collected(
     found: dict[Subset, list[dict[str, Tensor]]] = {subset: [] for subset in chosen}
     rows, has = [np.empty(0, np.int64)], [np.empty((0, len(fusion.modalities)), bool)]
     for some, tokens, present in batches:
-        embedded = fusion.embedding.available(tokens, present)
+        available = fusion.embedding.available(tokens, present)
         for subset, parts in found.items():
-            mask = torch.tensor([m in subset for m in fusion.modalities], device=present.device)
-            output = fusion.fuse(embedded, present & mask)
+            left = present & torch.tensor([m in subset for m in fusion.modalities], device=present.device)
+            output = fusion.fuse(fusion.embedding.join(available, left), left)
             parts.append({head: logits.float().cpu() for head, logits in output.logits.items()})
         rows.append(some)
         has.append(present.cpu().numpy())

@@ -15,6 +15,9 @@ from ..extract.config import BackboneConfig
 from .config import StudentConfig
 from .model import ClipModel, build_backbones, build_model
 
+CLASSIFIER = "fusion.mlp.classify.to_{}.weight"  # [N_h, 2 E]
+NO_WEIGHTS = Path("not-named")  # of RAFT, where nobody reads clips
+
 
 def student_backbones(data: DataConfig, config: StudentConfig) -> dict[str, BackboneConfig]:
     """Return which backbone the student has for each of its modalities."""
@@ -29,50 +32,86 @@ def build_student(
     return build_model(backbones, config.theta, n_classes, config)
 
 
+def student_settings(
+    described: Mapping[str, Any], where: Any, flow_weights: Path | None = None
+) -> tuple[DataConfig, StudentConfig]:
+    """Return the settings in a student's config.json.
+
+    where: names it in errors.  flow_weights: RAFT's, which a run does not name; without them no clip can be read.
+    Raises RunError if it is a teacher's, or none of this version.
+    """
+    described = described if isinstance(described, Mapping) else {}
+    kind, classes = described.get("kind"), described.get("classes")
+    if kind == "teacher":
+        raise RunError(
+            f"{where}: a teacher's run, expected a student's: a teacher starts from cached tokens, only a student from "
+            "raw clips. Name a student's run, or train one with karmma distill."
+        )
+    try:
+        if kind != "student":
+            raise KeyError("kind")
+        if not isinstance(classes, Mapping) or not all(isinstance(names, list) for names in classes.values()):
+            raise KeyError("classes")
+        found = dict(described["data"])
+        if str(found.get("flow_method")).startswith("raft"):
+            found["flow_weights"] = flow_weights or NO_WEIGHTS
+        return DataConfig.model_validate(found), StudentConfig.model_validate(described["settings"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise RunError(
+            f"{where}: config.json is not that of a student of this version: {one_line(error)}. Train it again."
+        ) from None
+
+
+def filled_student(described: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Any) -> ClipModel:
+    """Return the student of a config.json with its tensors, in evaluation mode, on the CPU.
+
+    where: names both in errors.  Raises RunError if the two do not belong together, above all if they are of other
+    heads or classes, and as `student_settings`.
+    """
+    data, config = student_settings(described, where)
+    n_classes = {head: len(names) for head, names in described["classes"].items()}
+    prefix, suffix = CLASSIFIER.split("{}")
+    found = {
+        name.removeprefix(prefix).removesuffix(suffix): len(tensor)
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and name.endswith(suffix)
+    }
+    if found != n_classes:
+        raise RunError(
+            f"{where}: other labels: its weights are for {_counts(found)}, its config.json names {_counts(n_classes)}. "
+            "Put files of one run together."
+        )
+    student = build_student(data, config, n_classes, pretrained=False)
+    own = student.state_dict()
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong += [name for name in sorted(own.keys() & tensors.keys()) if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise RunError(
+            f"{where}: {len(wrong)} of its tensors are not those that its config.json describes, such as {wrong[0]}. "
+            "Put files of one run together."
+        )
+    student.load_state_dict(tensors)
+    return student.eval()
+
+
+def _counts(n_classes: Mapping[str, int]) -> str:
+    return ", ".join(f"{head} {n}" for head, n in n_classes.items()) or "no heads"
+
+
 def load_student(
     run: RunFolder, device: torch.device, flow_weights: Path | None = None
 ) -> tuple[ClipModel, DataConfig, dict[str, Any]]:
     """Return the best student of a finished run in evaluation mode, its data settings and its config.json.
 
     flow_weights: the weights file of RAFT, if flow is computed with it: a run does not say where that is.
-    Raises RunError if config.json is not that of a student, or the checkpoint does not belong to it, ConfigError if
-    RAFT lacks its weights.
+    Raises RunError if the run is no student's, its checkpoint is missing or damaged, or not that of its config.json,
+    ConfigError if RAFT lacks its weights.
     """
     described = run.config
-    try:
-        found = dict(described["data"])
-        method = str(found.get("flow_method"))
-        if method.startswith("raft"):
-            if flow_weights is None:
-                raise ConfigError(f"{run.path}: its flow is computed with {method}. Name its weights by flow_weights.")
-            found["flow_weights"] = flow_weights
-        data = DataConfig.model_validate(found)
-        config = StudentConfig.model_validate(described["settings"])
-        n_classes = {head: len(names) for head, names in described["classes"].items()}
-    except ConfigError:
-        raise
-    except (ValidationError, KeyError, TypeError, AttributeError) as error:
-        said = error.errors()[0] if isinstance(error, ValidationError) else {"msg": f"no {one_line(error)}", "loc": ()}
-        where = ".".join(map(str, said["loc"]))
-        raise RunError(
-            f"{run.path / 'config.json'}: not the settings of a student: {where}{': ' if where else ''}{said['msg']}. "
-            "Use the version of karmma that made the run, or train it again."
-        ) from None
-    student = build_student(data, config, n_classes, pretrained=False)
-    weights = run.load_checkpoint("best")
-    _require_fit(run.path / "best.safetensors", student.state_dict(), weights)
-    student.load_state_dict(weights)
-    return student.to(device).eval(), data, described
-
-
-def _require_fit(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise RunError unless a checkpoint holds tensors of the names and shapes that its run's config.json implies."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (wanted, found)]
-    wrong = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
-    if wrong:
-        expected, there = (one.get(wrong[-1], "nothing of that name") for one in shapes)
-        raise RunError(
-            f"{path}: {len(wrong)} tensors are not those of the run's config.json, such as {wrong[-1]}: expected "
-            f"{expected}, found {there}. It belongs to another student, or to other classes: put this run's own "
-            "checkpoint back, or train the run again."
+    data, _ = student_settings(described, run.path, flow_weights)
+    if data.flow_weights == NO_WEIGHTS:
+        raise ConfigError(
+            f"{run.path}: its flow is computed with {data.flow_method}. Name its weights by flow_weights."
         )
+    student = filled_student(described, run.load_checkpoint("best"), run.path)
+    return student.to(device), data, described

@@ -42,7 +42,7 @@ class FrameTransformer(Backbone):
         else:
             images = (x / 255 - self.mean) / self.std
         tokens = _sequence(self.network, self.network.forward_features(images.flatten(0, 1)))  # [B * T, n, D]
-        return tokens.reshape(len(x), -1, tokens.shape[-1])
+        return tokens.reshape(x.shape[0], -1, tokens.shape[-1])
 
     def fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return timm's tensors under the names of this module, the grid of positions resampled to its size.

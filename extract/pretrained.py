@@ -49,7 +49,7 @@ class PretrainedPictures(Backbone):
         pixels = (x.to(self.mean.dtype) / 255 - self.mean) / self.std
         pixels = pixels if self.takes_video else pixels.flatten(0, 1)
         found = self.network(pixel_values=pixels, **self.options).last_hidden_state
-        return found.reshape(len(x), -1, found.shape[-1])
+        return found.reshape(x.shape[0], -1, found.shape[-1])
 
 
 class WhisperTokens(Backbone):

@@ -98,7 +98,7 @@ class FusionBlock(nn.Module):
 
         Where a modality has no token of a clip (`ignore`) its row is zero and stands for nothing.
         """
-        cls = self.cls.expand(len(embedded.tokens), 1, -1)
+        cls = self.cls.expand(embedded.tokens.shape[0], 1, -1)
         tokens = torch.cat((cls, embedded.tokens), dim=1)  # [B, 1 + N, E]
         # A mask rules out the fastest attention kernels, so it is there only when some clip needs it.
         mask = None if embedded.keep is None else F.pad(embedded.keep, (1, 0), value=True)[:, None, None]

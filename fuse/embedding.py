@@ -101,12 +101,24 @@ class Embedding(nn.Module):
             if not some[column]:
                 parts[name] = self._stand_in(name, present, whole)
                 continue
-            parts[name], learned = available[name], self._learned(name)
-            if learned is not None and not every[column]:
-                parts[name] = torch.where(present[:, column, None, None], parts[name], learned)
+            here = None if every[column] else present[:, column]
+            parts[name] = self._joined(name, available[name], here)
         counts = {name: part.shape[1] for name, part in parts.items()}
         mixed = any((one or whole) and not all_ for one, all_ in zip(some, every, strict=True))
         keep = self._keep(counts, present) if mixed and self.missing in UNEVEN else None
+        return Embedded(torch.cat(list(parts.values()), dim=1), counts, keep)
+
+    def masked(self, tokens: Mapping[str, Tensor], present: Tensor) -> Embedded:
+        """Embed as `forward` does, every place kept, without asking which values `present` has: for traced graphs.
+
+        tokens: modality -> [B, k, D], all of them.  Where `forward` leaves tokens out, `keep` says so.
+        """
+        parts = {}
+        for column, name in enumerate(self.modalities):
+            here = present[:, column]
+            parts[name] = self._joined(name, self._available(name, tokens[name], here), here)
+        counts = {name: part.shape[1] for name, part in parts.items()}
+        keep = self._keep(counts, present) if self.missing in UNEVEN else None
         return Embedded(torch.cat(list(parts.values()), dim=1), counts, keep)
 
     def _learned(self, name: str) -> Tensor | None:
@@ -125,6 +137,11 @@ class Embedding(nn.Module):
             tokens = tokens.masked_fill(~here, 0.0)  # else a NaN there would reach the gradient of the weights
         out = project(tokens.to(project.weight.dtype))  # [B, k, E]
         return out if learned is None or self.missing == "B.4" else out + learned
+
+    def _joined(self, name: str, available: Tensor, here: Tensor | None) -> Tensor:
+        """Return [B, k, E], what is learned in the rows that are not `here`; None = all are."""
+        learned = self._learned(name)
+        return available if learned is None or here is None else torch.where(here[:, None, None], available, learned)
 
     def _stand_in(self, name: str, present: Tensor, whole: bool) -> Tensor:
         """Return [B, n, E] for what every clip lacks; n is 0 under ignore, 1 under B.1, otherwise, or if whole, k."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import FusionBlock, FusionShape
-from .embedding import Embedding
+from .embedding import Embedded, Embedding
 from .heads import MultiHeadMLP
 
 
@@ -71,21 +71,18 @@ class FusionModel(nn.Module):
         seeds: one a clip, for dropout in training: a clip's result then depends on nobody beside it; None draws them.
         Raises ValueError if tokens and present do not fit each other or the model.
         """
-        return self.fuse(self.embedding.available(tokens, present), present, seeds)
-
-    def fuse(
-        self, available: Mapping[str, Tensor], present: Tensor, seeds: Sequence[int] | None = None
-    ) -> FusionOutput:
-        """Do as `forward` from what `embedding.available` gave, under any mask that leaves no more than it saw."""
         if not self.drops:
             seeds = None
-        embedded = self.embedding.join(available, present, whole=seeds is not None)
+        return self.fuse(self.embedding(tokens, present, whole=seeds is not None), present, seeds)
+
+    def fuse(self, embedded: Embedded, present: Tensor, seeds: Sequence[int] | None = None) -> FusionOutput:
+        """Fuse what is embedded already; see `forward`."""
         cls, averages = self.block(embedded, seeds)
         used = [column for column, name in enumerate(self.modalities) if embedded.counts[name]]
         fused = torch.stack([cls, *(averages[self.modalities[column]] for column in used)], dim=1)  # [B, 1 + used, E]
         counted = None
         if self.embedding.missing == "ignore" and embedded.keep is not None:
-            counted = torch.cat((present.new_ones(len(present), 1), present[:, used]), dim=1)  # [B, 1 + used]
+            counted = torch.cat((torch.ones_like(present[:, :1]), present[:, used]), dim=1)  # [B, 1 + used]
         return FusionOutput(self.mlp(fused, counted), averages, cls)
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -99,3 +100,33 @@ def make_student(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 def student_run(make_student: Callable[..., Path]) -> Path:
     """A finished run of a tiny student; nobody writes into it."""
     return make_student()
+
+
+@pytest.fixture
+def write_student_run(tmp_path: Path) -> Callable[..., Any]:
+    """Write a finished run as distill leaves it, of an untrained student; returns its folder."""
+    from karmma.data.config import PLACES
+    from karmma.data.runs import RunFolder
+    from karmma.distill.student import build_student
+
+    def write(data: Any, config: Any, n_classes: dict[str, int], name: str = "student-made") -> RunFolder:
+        run = RunFolder(tmp_path / "runs" / name)
+        classes = {head: [f"{head} {at}" for at in range(n)] for head, n in n_classes.items()}
+        described = {
+            "kind": "student",
+            "settings": config.model_dump(mode="json"),
+            "data": data.model_dump(mode="json", exclude=PLACES),
+            "inputs": {modality: {"preprocessing": 3, "frames": data.frames} for modality in config.modalities},
+            "teacher": "none",
+            "clips": "c" * 16,
+            "classes": classes,
+        }
+        run.start(described)
+        student = build_student(data, config, n_classes)
+        run.save_checkpoint("best", student.state_dict(), {"epoch": 0})
+        n_parameters = sum(p.numel() for p in student.parameters())
+        val = {**dict.fromkeys(n_classes, 0.5), "action": None, "loss": 1.25}
+        run.finish({"epoch": 0, "val": val, "parameters": n_parameters, "failed": {"clip 7": "not there"}})
+        return run
+
+    return write

@@ -13,7 +13,9 @@ MAY_IMPORT = {
     "distill": {"data", "extract", "fuse", "distill"},
 }
 IN_DATA, IN_EXTRACT = ("zarr", "h5py", "av", "cv2", "upath"), ("timm", "transformers", "dask", "distributed")
-ONLY_IN = dict.fromkeys(IN_DATA, "data") | dict.fromkeys(IN_EXTRACT, "extract") | {"typer": "cli.py"}
+IN_DISTILL = ("onnx", "onnxruntime", "onnxscript", "huggingface_hub")
+ONLY_IN = {"typer": "cli.py"} | dict.fromkeys(IN_DATA, "data") | dict.fromkeys(IN_EXTRACT, "extract")
+ONLY_IN |= dict.fromkeys(IN_DISTILL, "distill")
 NOWHERE = {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
 # The error with which torch.load(weights_only=True) refuses a hostile checkpoint: caught, nothing is unpickled.
 REFUSAL = ("pickle", "UnpicklingError")

@@ -1,0 +1,50 @@
+"""`karmma export`: a trained student for programs without KARMMA, or to be shared."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .cli_options import Settings, out, tell, with_options
+from .data.runs import RunFolder, latest_run
+
+
+@with_options("data.runs", needs_clips=False)
+def export(
+    run: Annotated[Path | None, typer.Argument(help="run folder of a student (default: the latest)")] = None,
+    *,
+    settings: Settings,
+    kind: Annotated[
+        Literal["torch", "onnx", "hub"],
+        typer.Option("--format", help="torch.export program, ONNX, or a folder for the Hugging Face hub"),
+    ] = "torch",
+    output: Annotated[
+        Path | None, typer.Option(help="file or folder (default: student.pt2, student.onnx or hub in the run)")
+    ] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="of the weights, for the model card of hub")] = None,
+) -> None:
+    """Export a student that takes any subset of its modalities, and check it against the student."""
+    if licence and kind != "hub":
+        raise typer.BadParameter("--license goes into a model card: it needs --format hub.")
+    folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
+    tell(f"Run: {folder.path}")
+    if kind == "hub":
+        from .distill.hub import save_student
+
+        path = save_student(folder, output, licence)
+        tell(f"Wrote {path}: model.safetensors, config.json and README.md, the model card.")
+        return
+    from .distill.export import export_student
+
+    report = export_student(folder, kind, output)
+    if report.was_there:
+        tell("Nothing to do: this was exported already.")
+    size, found = report.path.stat().st_size / 1e6, report.agreement
+    out.print(
+        f"{report.path}: {size:.1f} MB, {found.n_clips} clips compared with the student, "
+        f"largest difference of a logit {found.difference:.1e}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    tell(f"Inputs, outputs and classes: {report.about}")
