@@ -30,9 +30,7 @@ def predict_run(run: RunFolder, table: ClipTable, cache: Place, asked: Asked, pa
     """
     kind = run.config.get("kind") if isinstance(run.config, dict) else None
     if kind not in ("student", "teacher"):
-        raise RunError(
-            f"{run.path}: config.json is that of a {kind}, expected a student's or teacher's. Name another run."
-        )
+        raise RunError(f"{run.path}: the run of a {kind}, expected a student's or teacher's. Name another run.")
     rows = table.rows(asked.split)
     if not len(rows):
         raise TableError(f"{table.path}: no clip in split {asked.split!r}. Choose another with --split.")

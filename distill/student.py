@@ -110,8 +110,7 @@ def load_student(
     described = run.config
     data, _ = student_settings(described, run.path, flow_weights)
     if data.flow_weights == NO_WEIGHTS:
-        raise ConfigError(
-            f"{run.path}: its flow is computed with {data.flow_method}. Name its weights by flow_weights."
-        )
+        said = f"its flow is computed with {data.flow_method}. Name its weights by flow_weights."
+        raise ConfigError(f"{run.path}: {said}")
     student = filled_student(described, run.load_checkpoint("best"), run.path)
     return student.to(device), data, described
