@@ -28,7 +28,7 @@ def model_card(config: Mapping[str, Any], student: ClipModel, shared: ModelCardD
         autoescape=False,
         trim_blocks=True,
     )
-    pages.filters["cell"] = _cell
+    pages.filters |= {"cell": _cell, "percent": lambda value: "-" if value is None else f"{100 * value:.1f}"}
     return pages.get_template("model_card.md").render(
         header=header.to_yaml(),
         title=config.get("run", "KARMMA student"),

@@ -248,7 +248,7 @@ def test_run_that_cannot_be_used_is_refused_with_what_to_do(spoilt, tmp_path):
     assert "its config.json names verb 4, colour 6" in refused()
     rewrite(spoilt, classes=None)
     assert "config.json is not that of a student" in refused()
-    rewrite(spoilt, data={"frames": 4, "unheard_of": 1})
+    rewrite(spoilt, classes={"verb": list("abcd")}, data={"frames": 4, "unheard_of": 1})
     assert "unheard_of" in refused()
     (spoilt / "config.json").write_text("[]")
     assert "config.json is not that of a student" in refused()
