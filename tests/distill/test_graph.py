@@ -59,12 +59,18 @@ def test_graph_takes_no_notice_of_the_theta_that_keeps_all_tokens(build):
     torch.testing.assert_close(StudentGraph(student)(**whole)["verb"], student(there, present).logits["verb"])
 
 
+# Files of every strategy and of every kind of backbone: the graph, which the fast tests hold against the student, is the
+# same in both formats, so each case is written in one of them, and what differs most in both.
 @pytest.mark.slow
-@pytest.mark.parametrize("write", [write_torch, write_onnx])
 @pytest.mark.parametrize(
-    ("modalities", "missing"),
-    [*((("audio", "detections"), missing) for missing in STRATEGIES), (MODALITIES, "B.5"), (("audio",), "B.5")],
-)
+    ("modalities", "missing", "write"),
+    [
+        (("audio", "detections"), "ignore", write_torch), (("audio", "detections"), "ignore", write_onnx),
+        (("audio", "detections"), "B.1", write_onnx), (("audio", "detections"), "B.2", write_torch),
+        (("audio", "detections"), "B.3", write_onnx), (("audio", "detections"), "B.4", write_torch),
+        (MODALITIES, "B.5", write_onnx),
+    ],
+)  # fmt: skip
 def test_files_answer_as_the_student_under_every_strategy(build, tmp_path, modalities, missing, write):
     student = build(*modalities, missing=missing)
     found = agreement(student, write(student, dict.fromkeys(modalities, ""), tmp_path / "file.pt2"))
@@ -73,18 +79,17 @@ def test_files_answer_as_the_student_under_every_strategy(build, tmp_path, modal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("write", [write_torch, write_onnx])
 @pytest.mark.parametrize(
-    ("modality", "name", "shape"),
+    ("modality", "name", "shape", "write"),
     [
-        ("video", "swin3d_t", {"frames": 8, "size": 56}),  # windows that jut out, and are shifted
-        ("audio", "swin3d_micro", {}),
-        ("audio", "ast_t", {}),
-        ("detections", "stlt_9", {}),
-        ("video", "timm:vit_tiny_patch16_224", {}),
-        ("flow", "timm:swin_tiny_patch4_window7_224", {"size": 64}),
-        ("audio", "timm:deit_tiny_patch16_224", {}),
-        ("video", "timm:eva02_tiny_patch14_224", {"size": 28}),
+        ("video", "swin3d_t", {"frames": 8, "size": 56}, write_torch),  # windows that jut out, and are shifted
+        ("video", "swin3d_t", {"frames": 8, "size": 56}, write_onnx),
+        ("audio", "ast_t", {}, write_torch),
+        ("audio", "ast_t", {}, write_onnx),
+        ("detections", "stlt_9", {}, write_torch),
+        ("video", "timm:vit_tiny_patch16_224", {}, write_onnx),
+        ("flow", "timm:swin_tiny_patch4_window7_224", {"size": 64}, write_torch),
+        ("video", "timm:eva02_tiny_patch14_224", {"size": 28}, write_onnx),
     ],
 )
 def test_every_kind_of_backbone_can_be_exported(data, config, tmp_path, modality, name, shape, write):
