@@ -59,8 +59,8 @@ def test_graph_takes_no_notice_of_the_theta_that_keeps_all_tokens(build):
     torch.testing.assert_close(StudentGraph(student)(**whole)["verb"], student(there, present).logits["verb"])
 
 
-# Files of every strategy and of every kind of backbone: the graph, which the fast tests hold against the student, is the
-# same in both formats, so each case is written in one of them, and what differs most in both.
+# Files of every strategy and of every kind of backbone: the graph, which the fast tests hold against the student, is
+# the same in both formats, so each case is written in one of them, and what differs most in both.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("modalities", "missing", "write"),
