@@ -1,7 +1,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 KARMMA = $(VENV)/bin/karmma
-PYTEST = $(VENV)/bin/python -m pytest
+WORKERS ?= 2
+# Two processes, each with whole files: most tests start processes of their own and wait for them.
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-slow lint
 
