@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .cli_options import SOME_FAILED, Settings, out, run_table, tell, tell_some, with_options
+from .cli_options import SOME_FAILED, Settings, distinct, out, run_table, tell, tell_some, with_options
 from .data.errors import ConfigError
 from .data.runs import RunFolder, latest_run
-from .distill.results import Asked, Evaluation
+from .distill.results import ACTION, Asked, Evaluation
 from .distill.stage import Evaluated, submit
 from .distill.stage import evaluate as evaluate_run
 
 if TYPE_CHECKING:
     from .distill.compare import Column
-
-ACTION = "action"
 
 
 @with_options("data.table", "data.runs", "data.cache", "data.flow_weights")
@@ -41,7 +39,8 @@ def evaluate(
     Also: splits of participants and rare classes, calibration, missing rates, classes and their confusion.
     Several runs stand side by side; those that differ in their seed alone are averaged.
     """
-    runs = [RunFolder.open(folder) for folder in folders or []] or [latest_run(settings.data.runs, "student")]
+    runs = distinct([RunFolder.open(folder) for folder in folders or []])
+    runs = runs or [latest_run(settings.data.runs, "student")]
     asked = Asked(split, views, draws, readers, device, settings.data.flow_weights)
     if challenge is not None:
         if len(runs) > 1:
@@ -52,7 +51,7 @@ def evaluate(
     if len(found) == 1:
         _show(found[0])
     else:
-        _show_together(found, settings.data.runs)
+        _show_together(found, settings.data.runs / f"comparison-{asked.stem}")
     failed = {clip_id: reason for each in found for clip_id, reason in each.evaluation.failed.items()}
     _end("Results: " + ", ".join(str(path) for each in found for path in each.files), failed)
 
@@ -65,7 +64,7 @@ def _end(said: str, failed: dict[str, str]) -> None:
 
 def _levels(text: str) -> tuple[int, ...]:
     levels = text.split(",")
-    if len(levels) != 3 or not all(level in "012345" and level for level in levels):
+    if len(levels) != 3 or not {*levels} <= {*"012345"}:
         raise ConfigError(f"--sls {text}: expected three levels of 0 to 5, such as 2,3,3.")
     return tuple(map(int, levels))
 
@@ -113,7 +112,7 @@ def _show_groups(evaluation: Evaluation) -> None:
     out.print(shown)
 
 
-def _show_together(found: list[Evaluated], runs: Path) -> None:
+def _show_together(found: list[Evaluated], stem: Path) -> None:
     """Print several runs side by side and write the table."""
     from .distill.compare import compare, write_comparison
 
@@ -131,7 +130,8 @@ def _show_together(found: list[Evaluated], runs: Path) -> None:
     for rate in columns[0].rates:
         rates.add_row(f"{rate:.0%}", *(_spread(*column.rates[rate]) for column in columns))
     out.print(rates)
-    stem = runs / f"comparison-{evaluations[0].split}"
+    if len({each.clips for each in evaluations}) > 1:
+        tell("These runs were not evaluated on the same clips: some could not be read. See the failures of each.")
     tell("Side by side: " + ", ".join(str(path) for path in write_comparison(columns, stem)))
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from .data.annotations import ClipTable
 from .data.clips import read_clips
 from .data.config import DataConfig, StageConfig
+from .data.errors import RunError
 from .data.progress import IS_SILENT, watched
 from .data.runs import RunFolder
 from .data.sample import write_sample
@@ -159,7 +160,15 @@ def _option(name: str, info: Any) -> inspect.Parameter:
 def run_table(settings: Settings, run: RunFolder) -> ClipTable:
     """Read the clip table for a run, with its heads."""
     tell(f"Run: {run.path}")
-    table = settings.table(tuple(run.config["classes"]))
-    if table.content_digest() != run.config["clips"]:
+    described = run.config if isinstance(run.config, dict) else {}
+    if not (isinstance(described.get("classes"), dict) and "clips" in described):
+        raise RunError(f"{run.path}: config.json is not that of a student or teacher of this version. Train it again.")
+    table = settings.table(tuple(described["classes"]))
+    if table.content_digest() != described["clips"]:
         tell(f"{table.path} is not, or no longer, the table that this run was trained from; evaluating on it as it is.")
     return table
+
+
+def distinct(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """Return runs in their order, each once: one that is named twice is no second seed."""
+    return list({run.path.resolve(): run for run in runs}.values())

@@ -7,8 +7,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import SOME_FAILED, Settings, out, run_table, tell, with_options
-from .data.errors import ConfigError, cause
+from .cli_options import SOME_FAILED, Settings, distinct, out, run_table, tell, with_options
+from .data.errors import ConfigError, RunError, cause
 from .data.progress import watched
 from .data.runs import RunFolder, latest_run
 from .distill.results import Asked
@@ -49,7 +49,7 @@ def report(
         _write_page(
             settings,
             runs,
-            Asked(split, device=device, flow_weights=settings.data.flow_weights),
+            Asked(split, draws=None, device=device, flow_weights=settings.data.flow_weights),
             repeats or 0,
             _folder(into) if into else None,
         )
@@ -93,13 +93,13 @@ def _write_page(settings: Settings, runs: list[RunFolder], asked: Asked, repeats
     from .distill.report import Reported, write_report
 
     reported, failed = [], 0
-    for run in runs:
+    for run in distinct(runs):
         table = run_table(settings, run)
         evaluation = evaluate(run, table, settings.data.cache, asked).evaluation
         found = predict_run(run, table, settings.data.cache, asked, predictions_path(run, asked))
         try:
             (cost,) = _costs([run_blueprint(run, settings.extract)], [], asked.device, repeats)
-        except ConfigError as error:  # the backbones behind a teacher's tokens are not those of the settings
+        except (ConfigError, RunError) as error:  # a teacher's backbones are not those of the settings, or not known
             tell(f"Without its cost: {error}")
             cost = None
         reported.append(Reported(run, evaluation, cost, examples(run, table, found)))

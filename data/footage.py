@@ -9,7 +9,7 @@ from .config import DataConfig
 from .errors import ConfigError, MediaError, nearest
 from .numbered import PICTURE
 from .packs import split_pack
-from .places import exists, is_folder, names, place
+from .places import exists, is_folder, is_local, names, place
 from .raw import open_film
 
 PICTURED = frozenset(
@@ -37,8 +37,13 @@ def find_footage(where: str | os.PathLike) -> list[Path]:
     return found
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Yield the films of a folder, those beside each other in the order of their names."""
+def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield the films of a folder, those beside each other in the order of their names; above: folders around it."""
+    if is_local(folder):
+        own = os.path.realpath(folder)
+        if own in above:  # a link that leads back
+            return
+        above = (*above, own)
     inside = [name for name in names(folder) if not name.startswith(".")]
     known = {name for name in inside if Path(name).suffix.lower() in PICTURED | HEARD}
     if not known and any(map(PICTURE.fullmatch, inside)):
@@ -46,7 +51,7 @@ def _below(folder: Path) -> Iterator[Path]:
         return
     for name in inside:
         if is_folder(folder / name):
-            yield from _below(folder / name)
+            yield from _below(folder / name, above)
         elif name in known:
             yield folder / name
 

@@ -13,7 +13,7 @@ SIDE, QUALITY = 160, 80
 
 def thumbnails(clips: Sequence[Clip], data: DataConfig, side: int = SIDE) -> list[bytes | None]:
     """Return a JPEG picture of each clip, `side` pixels square; None for a clip without video, or one that fails."""
-    seen = data.model_copy(update={"size": side, "frames": 2, "center_crop": 1.0})
+    seen = data.model_copy(update={"size": side, "frames": 3, "center_crop": 1.0})
     with ReaderPool(1, seen) as readers:
         futures = readers.submit([(clip, 0, ("video",)) for clip in clips])
         return [_jpeg(future.result()["video"].array) for future in futures]

@@ -18,7 +18,7 @@ from ..extract.weights import shown_name
 from ..fuse.config import TeacherConfig, TrainingConfig
 from .config import StudentConfig
 from .model import ClipModel, build_backbones, build_model
-from .student import student_backbones
+from .student import run_data, student_backbones
 
 EPIC = {"verb": 97, "noun": 300}  # classes of EPIC-KITCHENS-100, the heads of the published figures
 
@@ -90,7 +90,7 @@ def run_blueprint(run: RunFolder, extract: ExtractConfig) -> Blueprint:
     """
     described = run.config
     try:
-        data = DataConfig.model_validate(described["data"])
+        data = run_data(described)
         n_classes = {head: len(names) for head, names in described["classes"].items()}
         if described["kind"] == "student":
             found = student_blueprint(data, StudentConfig.model_validate(described["settings"]), n_classes)

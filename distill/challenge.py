@@ -8,21 +8,28 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.errors import RunError
+from ..data.errors import ConfigError, RunError
 from ..data.publish import publish
 from ..data.runs import RunFolder
 from .predictions import Predictions
 
-HEADS = ("verb", "noun")
+HEADS = {"verb": 97, "noun": 300}  # classes, in the official order
+SUFFIXES = (".json", ".zip")
 # Levels of supervision: pretraining on public images and videos, labels with times, the whole training split.
 SUPERVISION = (2, 3, 3)
 
 
-def require_heads(run: RunFolder) -> None:
-    """Raise RunError unless the run's heads are verb and noun."""
-    heads = run.config["classes"]
-    if set(heads) != {*HEADS}:
-        raise RunError(f"{run.path}: the challenge wants the heads verb and noun, this run has {', '.join(heads)}.")
+def require_submittable(run: RunFolder, path: Path) -> None:
+    """Raise RunError unless the run has the challenge's heads and classes, ConfigError for another kind of file.
+
+    That the classes stand in the official order is a matter of the official table, which the run was trained from.
+    """
+    heads = {head: len(names) for head, names in run.config["classes"].items()}
+    if heads != HEADS:
+        said, wanted = (", ".join(f"{head} {n}" for head, n in each.items()) for each in (heads, HEADS))
+        raise RunError(f"{run.path}: its heads and classes are {said}, the challenge wants {wanted}. Name another run.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{path}: a submission ends in .json or .zip. Choose another name.")
 
 
 def write_submission(
@@ -39,7 +46,8 @@ def write_submission(
         for at, row in enumerate(found.rows)
     }
     levels = dict(zip(("sls_pt", "sls_tl", "sls_td"), supervision, strict=True))
-    text = json.dumps({"version": "0.2", "challenge": "action_recognition", **levels, "results": results})
+    said = {"version": "0.2", "challenge": "action_recognition", **levels, "results": results}
+    text = json.dumps(said, allow_nan=False)
     if path.suffix.lower() != ".zip":
         publish(path, text.encode())
         return

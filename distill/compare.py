@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.errors import RunError
-from ..data.publish import publish
-from .results import Evaluation, write_csv
-
-ACTION = "action"
+from ..data.publish import publish, publish_json
+from .results import ACTION, Evaluation, write_csv
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def compare(evaluations: Sequence[Evaluation]) -> list[Column]:
     """
     first = evaluations[0]
     for other in evaluations[1:]:
-        if [*other.majority] != [*first.majority]:
+        if {*other.majority} != {*first.majority}:
             raise RunError(
                 f"{other.run} has the heads {', '.join(other.majority)}, {first.run} {', '.join(first.majority)}. "
                 "Compare runs of the same heads."
@@ -106,16 +104,19 @@ def _told_apart(column: Column, others: Sequence[Column]) -> Column:
 
 
 def write_comparison(columns: Sequence[Column], stem: Path) -> list[Path]:
-    """Write `<stem>.csv` and `<stem>.tex`; return their paths."""
+    """Write `<stem>.csv`, `-rates.csv`, `.json` and `.tex`; return their paths."""
     names, rows = list(next(iter(columns[0].mean.values()))), []
     header = ["method", "runs", "average_rank", "subset", *names, *(f"{name}_std" for name in names)]
     for column in columns:
         for subset in column.mean:
             values = [_number(part[subset][name], 4) for part in (column.mean, column.std) for name in names]
             rows.append([column.label, " ".join(column.runs), _number(column.rank, 2), subset, *values])
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("csv", "tex")]
+    paths = [stem.with_name(f"{stem.name}{kind}") for kind in (".csv", "-rates.csv", ".json", ".tex")]
     write_csv(paths[0], header, rows)
-    publish(paths[1], latex(columns).encode())
+    rates = [[c.label, rate, *(_number(each, 4) for each in found)] for c in columns for rate, found in c.rates.items()]
+    write_csv(paths[1], ["method", "rate", "action", "action_std"], rates)
+    publish_json(paths[2], [vars(column) for column in columns])
+    publish(paths[3], latex(columns).encode())
     return paths
 
 
@@ -145,5 +146,6 @@ def latex(columns: Sequence[Column]) -> str:
 
 
 def _latex(label: str) -> str:
-    label = re.sub(r"KARMMA_([A-Z+]+)", r"KARMMA\\textsubscript{\1}", label).replace("delta", r"$\delta$")
-    return label.replace("_", r"\_")
+    known = re.sub(r"KARMMA_([A-Z+]+)", r"KARMMA<\1>", label).replace("w/ delta", "w/ <delta>")
+    text = re.sub(r"([#$%&_{}])", r"\\\1", known)
+    return re.sub(r"<([A-Z+]+)>", r"\\textsubscript{\1}", text).replace("<delta>", r"$\delta$")

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..data.publish import publish, publish_json
-from ..fuse.figures import svg
+from ..fuse.figures import as_text, svg
 from .efficiency import Cost, Efficiency
 
 
@@ -41,7 +41,7 @@ def efficiency_bars(found: Sequence[Efficiency]) -> str:
     for axes, (label, of) in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown.items(), strict=True):
         for at, model in enumerate(found):
             places = [names.index(row.subset) + (at - (len(found) - 1) / 2) * width for row in model.rows]
-            axes.bar(places, [of(row) or 0 for row in model.rows], width, label=model.name)
+            axes.bar(places, [of(row) or 0 for row in model.rows], width, label=as_text(model.name))
         axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 7 else 0)
         axes.set_ylabel(label)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(found))

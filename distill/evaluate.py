@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from ..data.annotations import ClipTable
 from ..data.batches import TokenReader
 from ..data.cache import Cache, table_digests
@@ -14,7 +16,7 @@ from ..data.progress import watched
 from ..data.runs import RunFolder
 from ..data.stores import TokenStore
 from ..fuse.logits import load_teacher
-from .predictions import Predictions, averaged_over, subset_logits, teacher_logits
+from .predictions import Predictions, averaged_over, joined, subset_logits, teacher_logits
 from .results import Asked
 from .stream import ClipStream
 from .student import load_student
@@ -37,11 +39,14 @@ def predict_run(run: RunFolder, table: ClipTable, cache: Place, asked: Asked, pa
     clips = [table.clip_ids[rows].tolist(), table_digests(table)[rows].tolist()]
     made_from = digest([run.config, run.result, clips, asked.views])
     saved = Predictions.load(path, table.clip_ids, subsets(modalities_of(run)), made_from)
-    if saved is not None:
+    if saved is not None and not saved.failed:
         return saved
-    with watched("evaluate", asked.views * len(rows), "clips") as progress:
+    due = rows if saved is None else _failed_rows(saved, table)
+    with watched("evaluate", asked.views * len(due), "clips") as progress:
         predict = _by_student if kind == "student" else _by_teacher
-        found = averaged_over(predict(run, table, cache, asked, progress.advance))
+        found = averaged_over(predict(run, table, cache, asked, due, progress.advance))
+    if saved is not None:  # what failed before was looked at once more
+        found = joined(saved.without(due), found)
     if not len(found.rows):
         clip_id, reason = next(iter(found.failed.items()))
         raise MediaError(f"No clip of {asked.split!r} can be read, such as {clip_id}: {reason.rstrip('.')}. Mend it.")
@@ -49,37 +54,47 @@ def predict_run(run: RunFolder, table: ClipTable, cache: Place, asked: Asked, pa
     return found
 
 
+def _failed_rows(saved: Predictions, table: ClipTable) -> np.ndarray:
+    return np.flatnonzero(np.isin(table.clip_ids, list(saved.failed)))
+
+
 def modalities_of(run: RunFolder) -> tuple[str, ...]:
-    """Return the modalities of a student's or teacher's run, in order."""
+    """Return the modalities of a student's or teacher's run, in order; raises RunError if it does not say them."""
     described = run.config
-    if described["kind"] == "teacher":
-        return in_order(described["tokens"])
-    return in_order(described["settings"]["modalities"] or described["data"]["modalities"])
+    try:
+        if described["kind"] == "teacher":
+            return in_order(described["tokens"])
+        return in_order(described["settings"]["modalities"] or described["data"]["modalities"])
+    except KeyError as error:
+        raise RunError(f"{run.path}: config.json says nothing of {error.args[0]!r}. Train the run again.") from None
 
 
 def _by_student(
-    run: RunFolder, table: ClipTable, _: Place, asked: Asked, count: Callable[[int], None]
+    run: RunFolder, table: ClipTable, _: Place, asked: Asked, rows: np.ndarray, count: Callable[[int], None]
 ) -> list[Predictions]:
     device = choose_device(asked.device)
     student, data, _ = load_student(run, device, asked.flow_weights)
-    rows, chosen = table.rows(asked.split), subsets(student.modalities)
+    chosen = subsets(student.modalities)
     with ClipStream(table, data, student.modalities, readers=asked.readers, allow_failures=len(rows)) as stream:
         return [subset_logits(student, stream, rows, chosen, device, count, view) for view in range(asked.views)]
 
 
 def _by_teacher(
-    run: RunFolder, table: ClipTable, cache_place: Place, asked: Asked, count: Callable[[int], None]
+    run: RunFolder, table: ClipTable, cache_place: Place, asked: Asked, rows: np.ndarray, count: Callable[[int], None]
 ) -> list[Predictions]:
     device, cache = choose_device(asked.device), Cache.open(cache_place)
     names = run.config["tokens"]
     stores = {modality: TokenStore.open(cache.tokens_path(modality, name)) for modality, name in names.items()}
     reader = TokenReader(stores, cache.rows(table.clip_ids), pin=device.type == "cuda")
-    model, rows, found = load_teacher(run, stores).to(device), table.rows(asked.split), []
+    model, found, failed = load_teacher(run, stores).to(device), [], {}
+    for modality, name in names.items():
+        for clip_id, reason in cache.failures(modality, name, table.clip_ids[rows]).items():
+            failed[clip_id] = "; ".join(filter(None, (failed.get(clip_id), f"{modality} failed: {reason}")))
     for view in range(asked.views):
         for modality, name in names.items():
             _require_tokens(cache, table, modality, name, view, asked.split)
         found.append(teacher_logits(model, reader, rows, subsets(names), device, count, view))
-    return found
+    return [each.with_failures(failed, table.clip_ids) for each in found]
 
 
 def _require_tokens(cache: Cache, table: ClipTable, modality: str, name: str, view: int, split: str) -> None:

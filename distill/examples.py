@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..data.annotations import ClipTable
-from ..data.config import DataConfig
 from ..data.modality import letters
 from ..data.runs import RunFolder
 from ..data.thumbnails import thumbnails
-from ..fuse.metrics import ACTION, confidence, labelled, predictions, topk_hits
+from ..fuse.metrics import ACTION, confidence, predictions
 from .predictions import Predictions
 from .scores import labels_of
+from .student import run_data
 
 N_EACH = 3  # clips that are surely right, and as many surely wrong
 
@@ -43,11 +43,11 @@ def examples(run: RunFolder, table: ClipTable, found: Predictions, n_each: int =
     """Return the clips that all modalities together are surest of, n_each right ones, then n_each wrong ones."""
     labels = labels_of(run, table, found.rows)
     every = max(found.logits, key=len)
-    hit, sure = topk_hits(found.logits[every], labels)[ACTION], confidence(found.logits[every])[ACTION]
-    whole = labelled(labels)[ACTION]
+    said, sure = predictions(found.logits[every]), confidence(found.logits[every])[ACTION]
+    whole = torch.stack([classes >= 0 for classes in labels.values()]).all(0)  # whatever a head is called
+    hit = torch.stack([said[head] == classes for head, classes in labels.items()]).all(0)
     chosen = [*_surest(sure, whole & hit, n_each), *_surest(sure, whole & ~hit, n_each)]
-    data = DataConfig.model_validate(run.config["data"])
-    pictures = thumbnails([table.clip(found.rows[at]) for at in chosen], data)
+    pictures = thumbnails([table.clip(found.rows[at]) for at in chosen], run_data(run.config))
     shown = ["" if jpeg is None else "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for jpeg in pictures]
     return [_example(run, table, found, labels, at, picture) for at, picture in zip(chosen, shown, strict=True)]
 

@@ -26,7 +26,7 @@ from ..data.runs import RunFolder
 from .agreement import Agreement, Answer, agreement
 from .graph import PRESENT, traced
 from .model import ClipModel
-from .student import load_student, student_backbones, student_settings
+from .student import filled_student, student_backbones, student_settings
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -60,13 +60,13 @@ def export_student(run: RunFolder, kind: str, path: Path | None = None) -> Expor
     if path.is_dir():
         raise ConfigError(f"{path}: a folder is there. Name a file with --output.")
     about = path.with_name(f"{path.name}.json")
-    student_settings(run.config, run.path)
+    data, _ = student_settings(run.config, run.path)
     made_from = digest([kind, __version__, torch.__version__, run.config, run.result])
     known = read_json(about) if about.exists() and path.exists() else {}
     if known.get("made_from") == made_from and known["bytes"] == path.stat().st_size:
         return ExportReport(path, about, Agreement(**known["agreement"]), was_there=True)
-    student, data, described = load_student(run, torch.device("cpu"))
-    student.requires_grad_(False)
+    described = run.config
+    student = filled_student(described, run.load_checkpoint("best"), run.path).requires_grad_(False)
     names = _backbone_names(described)
     with written_by(path) as temporary:
         found = agreement(student, WRITERS[kind](student, names, temporary))

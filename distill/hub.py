@@ -27,7 +27,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 # The bases are those of the HTTP library that the hub's client uses, which has been several.
 HUB_ERRORS = (HFValidationError, HfHubHTTPError, *HfHubHTTPError.__bases__, OSError)
 KEPT = ("epoch", "val", "parameters")  # of a run's result; the rest names clips
-KEPT_ROWS = ("split", "majority", "rows")  # of an evaluation
+KEPT_ROWS = ("split", "views", "majority", "rows")  # of an evaluation
 
 
 class StudentHub(nn.Module, ModelHubMixin, library_name="karmma", tags=["karmma", "video-classification"]):
@@ -87,6 +87,8 @@ class StudentHub(nn.Module, ModelHubMixin, library_name="karmma", tags=["karmma"
         how["model_card_kwargs"] = {"repo": repo_id, **(how.get("model_card_kwargs") or {})}
         try:
             return super().push_to_hub(repo_id, **how)
+        except KarmmaError:  # of the folder that is to be sent
+            raise
         except HUB_ERRORS as error:
             raise ExportError(f"{repo_id}: cannot be pushed: {one_line(error)[:200]}. Try again.") from None
 

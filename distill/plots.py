@@ -6,9 +6,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..fuse.figures import svg
-from .compare import ACTION, Column
-from .results import ClassRow, Evaluation
+from ..fuse.figures import as_text, svg
+from .compare import Column
+from .results import ACTION, ClassRow, Evaluation
 
 WIDTH = 5.4  # inches: letters stay large enough on a phone
 
@@ -21,11 +21,12 @@ def subset_bars(evaluations: Sequence[Evaluation]) -> str:
     for at, each in enumerate(evaluations):
         rows = [row for row in each.of("all") if row.accuracy[ACTION] is not None]
         values = [100 * row.accuracy[ACTION] for row in rows]
-        below = [value - 100 * row.low[ACTION] for value, row in zip(values, rows, strict=True)]
-        above = [100 * row.high[ACTION] - value for value, row in zip(values, rows, strict=True)]
+        below = [max(value - 100 * row.low[ACTION], 0) for value, row in zip(values, rows, strict=True)]
+        above = [max(100 * row.high[ACTION] - value, 0) for value, row in zip(values, rows, strict=True)]
         places = [names.index(row.subset) + (at - (len(evaluations) - 1) / 2) * width for row in rows]
-        axes.bar(places, values, width, yerr=[below, above], capsize=2, label=each.run, error_kw={"linewidth": 0.8})
-    axes.axhline(100 * evaluations[0].majority[ACTION], color="#b33", linewidth=1, label="commonest action")
+        thin = {"capsize": 2, "error_kw": {"linewidth": 0.8}}
+        axes.bar(places, values, width, yerr=[below, above], label=as_text(each.run), **thin)
+    axes.axhline(100 * (evaluations[0].majority[ACTION] or 0), color="#b33", linewidth=1, label="commonest action")
     axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 7 else 0)
     axes.set_ylabel("action accuracy (%)")
     _legend(figure, axes)
@@ -41,7 +42,7 @@ def rate_curves(columns: Sequence[Column]) -> str:
         means, spreads = zip(
             *((100 * (mean or 0), 100 * (std or 0)) for mean, std in column.rates.values()), strict=True
         )
-        (line,) = axes.plot(rates, means, "o-", markersize=3, label=column.label)
+        (line,) = axes.plot(rates, means, "o-", markersize=3, label=as_text(column.label))
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(rates, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
     axes.set(xlabel="modalities missing (%)", ylabel="action accuracy (%)")
@@ -56,7 +57,7 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> str:
     epochs = [record["epoch"] for record in records]
     for name in ("loss", "ce", "kl", "info_nce"):
         if name in records[0]:
-            left.plot(epochs, [record[name] for record in records], label=name)
+            left.plot(epochs, [record[name] for record in records], label=as_text(name))
     for name in records[0]["val"]:
         if name != "loss":
             values = [record["val"][name] for record in records]
@@ -72,7 +73,7 @@ def class_bars(rows: Sequence[ClassRow], subset: str) -> str:
     """Draw the accuracy of some classes of one head under a subset, one bar a class with its number of clips."""
     figure = Figure(figsize=(WIDTH, 0.6 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    names = [f"{row.name} ({row.n_clips})" for row in rows]
+    names = [as_text(f"{row.name} ({row.n_clips})") for row in rows]
     axes.barh(range(len(rows)), [100 * row.accuracy[subset] for row in rows])
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()

@@ -47,6 +47,22 @@ class Predictions:
         about = {"made_from": made_from, "clip_ids": clip_ids.tolist(), "failed": self.failed}
         publish(path, save(tensors, {"about": json.dumps(about)}))
 
+    def without(self, rows: np.ndarray) -> "Predictions":
+        """Return the predictions without some rows of the clip table, and without failures."""
+        kept = ~np.isin(self.rows, rows)
+        some = torch.from_numpy(kept)
+        logits = {s: {head: part[some] for head, part in found.items()} for s, found in self.logits.items()}
+        return Predictions(self.rows[kept], self.present[kept], logits)
+
+    def with_failures(self, failed: dict[str, str], clip_ids: np.ndarray) -> "Predictions":
+        """Return the predictions with these failures; a clip of them that has nothing left is left out.
+
+        clip_ids: [N] of the whole table.
+        """
+        has_failed = np.isin(clip_ids[self.rows], list(failed))
+        left = self.without(self.rows[has_failed & ~self.present.any(axis=1)])
+        return Predictions(left.rows, left.present, left.logits, failed)
+
     @classmethod
     def load(cls, path: Path, clip_ids: np.ndarray, subsets: Sequence[Subset], made_from: str) -> "Predictions | None":
         """Return what was saved, None if there is nothing or it was made from something else.
@@ -143,6 +159,19 @@ def _collected(
     return np.concatenate(rows), np.concatenate(has), joined
 
 
+def joined(one: Predictions, other: Predictions) -> Predictions:
+    """Return the predictions of both, which share no clip, in the order of the clip table."""
+    rows = np.concatenate([one.rows, other.rows])
+    order = rows.argsort(kind="stable")
+    places = torch.from_numpy(order)
+    logits = {
+        s: {head: torch.cat([part, other.logits[s][head]])[places] for head, part in found.items()}
+        for s, found in one.logits.items()
+    }
+    present = np.concatenate([one.present, other.present])[order]
+    return Predictions(rows[order], present, logits, one.failed | other.failed)
+
+
 def averaged_over(views: Sequence[Predictions]) -> Predictions:
     """Return predictions whose probabilities are the means over views, as logarithms; of clips that every view has."""
     first = views[0]
@@ -155,7 +184,7 @@ def averaged_over(views: Sequence[Predictions]) -> Predictions:
         logits[subset] = {}
         for head in heads:
             parts = [v.logits[subset][head][at].softmax(1) for v, at in zip(views, places, strict=True)]
-            logits[subset][head] = torch.stack(parts).mean(0).log()
+            logits[subset][head] = torch.stack(parts).mean(0).clamp(min=torch.finfo(torch.float32).tiny).log()
     failed = {clip_id: reason for view in views for clip_id, reason in view.failed.items()}
     return Predictions(rows, first.present[places[0].numpy()], logits, failed)
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from ..data.publish import publish, publish_json, read_json
 
+ACTION, DRAWS, FORMAT = "action", 5, 1
 Found = Mapping[str, float | None]  # by head, and "action"; None where no clip counts
 
 
@@ -16,13 +17,14 @@ Found = Mapping[str, float | None]  # by head, and "action"; None where no clip 
 class Asked:
     """What to evaluate.
 
-    views: how many are averaged, the clean one first.  draws: how often missing rates are drawn.  flow_weights: RAFT's,
+    views: how many are averaged, the clean one first.  draws: how often missing rates are drawn; None: as often as it
+    was before.  flow_weights: RAFT's,
     if that computes a student's flow.
     """
 
     split: str
     views: int = 1
-    draws: int = 5
+    draws: int | None = DRAWS
     readers: int = 2
     device: str = "auto"
     flow_weights: Path | None = None
@@ -76,6 +78,7 @@ class ClassRow:
 class Evaluation:
     """A run's results on a split.
 
+    draws: of missing rates.  clips: digest of the clips that were predicted.
     label: what the run is, in the paper's words.  variant: digest of its settings but the seed.  views: averaged.
     majority: accuracy of always naming the commonest class, by head and of the action.  rows: the largest subset first.
     confused: head -> [true class, predicted class, clips], the most frequent first, all modalities in.  failed: clip id
@@ -88,6 +91,8 @@ class Evaluation:
     variant: str
     split: str
     views: int
+    draws: int
+    clips: str
     majority: Found
     rows: tuple[SubsetRow, ...]
     rates: tuple[RateRow, ...]
@@ -101,13 +106,19 @@ class Evaluation:
         return tuple(row for row in self.rows if row.group == group)
 
     @classmethod
-    def read(cls, path: Path, made_from: str) -> Self | None:
-        """Return what was written as JSON, or None if there is nothing, or it was made from something else."""
+    def read(cls, path: Path, made_from: str, draws: int | None = None) -> Self | None:
+        """Return what was written as JSON, or None if there is nothing, or it was made from something else.
+
+        draws: None takes any number.
+        """
         found: dict[str, Any] = read_json(path) if path.exists() else {}
-        if found.get("made_from") != made_from:
+        if found.get("made_from") != made_from or draws not in (None, found.get("draws")):
             return None
         kinds = {"rows": SubsetRow, "rates": RateRow, "classes": ClassRow}
-        return cls(**found | {name: tuple(kind(**row) for row in found[name]) for name, kind in kinds.items()})
+        try:
+            return cls(**found | {name: tuple(kind(**row) for row in found[name]) for name, kind in kinds.items()})
+        except (KeyError, TypeError):  # of another version
+            return None
 
     def write(self, stem: Path, confusion: Mapping[str, Sequence[Sequence[int]]]) -> None:
         """Write `<stem>.csv`, `-rates.csv`, `-classes.csv`, `-confusion-<head>.csv` and, last, `<stem>.json`.
@@ -115,7 +126,7 @@ class Evaluation:
         confusion: head -> [N_h, N_h] clips by true and predicted class.
         """
         names = list(self.majority)
-        measured = [(name, kind) for kind in ("accuracy", "low", "top5", "ece") for name in names]
+        measured = [(name, kind) for kind in ("accuracy", "low", "high", "top5", "ece") for name in names]
         header = [name if kind == "accuracy" else f"{name}_{kind}" for name, kind in measured]
         rows = [
             [row.group, row.subset, row.n_clips, row.n_complete, *(_cell(getattr(row, k)[n]) for n, k in measured)]

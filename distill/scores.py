@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..data.annotations import ClipTable
+from ..data.config import digest
 from ..data.errors import TableError
 from ..data.modality import letters
 from ..data.publish import plain
@@ -15,7 +16,7 @@ from ..fuse.dropout import modality_dropout
 from ..fuse.metrics import ACTION, calibration_error, confidence, majority, predictions, topk_hits, wilson_bounds
 from .groups import groups
 from .predictions import Predictions, Subset
-from .results import Asked, ClassRow, Evaluation, RateRow, SubsetRow
+from .results import DRAWS, Asked, ClassRow, Evaluation, RateRow, SubsetRow
 from .variants import label, variant
 
 RATES = tuple(tenth / 10 for tenth in range(10))  # Fig. 4: 0 to 90 percent
@@ -28,8 +29,12 @@ def labels_of(run: RunFolder, table: ClipTable, rows: np.ndarray) -> dict[str, T
 
     Raises TableError for a label that the run does not know.
     """
+    some = np.zeros(table.n_clips, bool)
+    some[rows] = True
+    # Labels of other clips need not be known.
+    part, order = table.kept(some), np.argsort(np.argsort(rows))
     classes = run.config["classes"].items()
-    return {head: torch.from_numpy(table.labels(head, tuple(names))[rows]) for head, names in classes}
+    return {head: torch.from_numpy(part.labels(head, tuple(names))[order]) for head, names in classes}
 
 
 def judge(
@@ -37,11 +42,11 @@ def judge(
 ) -> tuple[Evaluation, dict[str, np.ndarray]]:
     """Return what predictions are worth, and `confusion`; labels come from the table as it is now.
 
-    Raises TableError if no clip is labelled in every head, or one has a label that the run does not know.
+    Raises TableError if no clip is labelled in any head, or one has a label that the run does not know.
     """
     described, labels = run.config, labels_of(run, table, found.rows)
     counted = groups(table, found.rows, labels)
-    if not counted["all"][ACTION].any():
+    if not any(clips.any() for clips in counted["all"].values()):
         raise TableError(
             f"{table.path}: no clip of split {asked.split!r} is labelled in {', '.join(labels)}. Choose another with "
             "--split; --challenge writes predictions of unlabelled clips."
@@ -52,16 +57,18 @@ def judge(
         for group, clips in counted.items()
         for subset in found.logits
     ]
-    matrices = confusion(found, labels)
+    matrices, draws = confusion(found, labels), asked.draws or DRAWS
     evaluation = Evaluation(
         run=run.path.name,
         label=label(described),
         variant=variant(described),
         split=asked.split,
         views=asked.views,
+        draws=draws,
+        clips=digest(table.clip_ids[found.rows].tolist()),
         majority=plain(majority(labels)),
         rows=tuple(rows),
-        rates=tuple(_rate(rate, found, hits, counted["all"], asked.draws) for rate in RATES),
+        rates=tuple(_rate(rate, found, hits, counted["all"], draws) for rate in RATES),
         classes=tuple(row for head in labels for row in _classes(head, described["classes"][head], labels[head], hits)),
         confused={head: _confused(described["classes"][head], matrix) for head, matrix in matrices.items()},
         failed=found.failed,
@@ -117,7 +124,8 @@ def _rate(rate: float, found: Predictions, hits: Hits, clips: Mapping[str, Tenso
             shares[name].append(hit[of].double().mean().item())
     values = {name: torch.tensor(each, dtype=torch.float64) for name, each in shares.items()}
     mean = plain({name: each.mean().item() for name, each in values.items()})
-    return RateRow(rate, mean, plain({name: each.std(correction=0).item() for name, each in values.items()}))
+    std = {name: each.std().item() if draws > 1 else float("nan") for name, each in values.items()}
+    return RateRow(rate, mean, plain(std))
 
 
 def _places(found: Predictions, left: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..data.runs import RunFolder
 from ..fuse.config import NOT_DECISIVE as SHARED
 from ..fuse.stage import require_labels
 from .config import NO_TEACHER, StudentConfig
-from .results import Asked, Evaluation
+from .results import FORMAT, Asked, Evaluation
 from .teacher import CachedTeacher, find_teacher, known_present
 
 NOT_DECISIVE = SHARED | {
@@ -92,10 +92,12 @@ def evaluate(run: RunFolder, table: ClipTable, cache: Place, asked: Asked) -> Ev
     cache: where a teacher's tokens are.  Raises as `predict_run` and `judge`.
     """
     stem = run.path / "evaluation" / asked.stem
-    made_from = digest([run.config, run.result, table.content_digest(), asked.views, asked.draws])
+    lists = [sorted(table.unseen), {head: sorted(names) for head, names in table.tail.items()}]
+    made_from = digest([FORMAT, run.config, run.result, table.content_digest(), lists, asked.views])
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("csv", "tex", "json")]
-    evaluation = Evaluation.read(files[-1], made_from)
-    was_there = evaluation is not None and all(file.exists() for file in files)
+    evaluation = Evaluation.read(files[-1], made_from, asked.draws)
+    # Clips that failed are looked at again: they may have been mended.
+    was_there = evaluation is not None and not evaluation.failed and all(file.exists() for file in files)
     if not was_there:
         from .compare import compare, latex
         from .evaluate import predict_run
@@ -117,10 +119,10 @@ def submit(
     run: RunFolder, table: ClipTable, cache: Place, asked: Asked, path: Path, supervision: Sequence[int]
 ) -> dict[str, str]:
     """Write a submission to EPIC-KITCHENS' challenge for all clips of a split; return clips that failed, and why."""
-    from .challenge import require_heads, write_submission
+    from .challenge import require_submittable, write_submission
     from .evaluate import predict_run
 
-    require_heads(run)
+    require_submittable(run, path)
     found = predict_run(run, table, cache, asked, predictions_path(run, asked))
     write_submission(path, found, table.clip_ids, supervision)
     return found.failed

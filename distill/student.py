@@ -32,6 +32,14 @@ def build_student(
     return build_model(backbones, config.theta, n_classes, config)
 
 
+def run_data(described: Mapping[str, Any], flow_weights: Path | None = None) -> DataConfig:
+    """Return the data settings in a run's config.json; flow_weights: RAFT's, which it does not name."""
+    found = dict(described["data"])
+    if str(found.get("flow_method")).startswith("raft"):
+        found["flow_weights"] = flow_weights or NO_WEIGHTS
+    return DataConfig.model_validate(found)
+
+
 def student_settings(
     described: Mapping[str, Any], where: Any, flow_weights: Path | None = None
 ) -> tuple[DataConfig, StudentConfig]:
@@ -52,10 +60,7 @@ def student_settings(
             raise KeyError("kind")
         if not isinstance(classes, Mapping) or not all(isinstance(names, list) for names in classes.values()):
             raise KeyError("classes")
-        found = dict(described["data"])
-        if str(found.get("flow_method")).startswith("raft"):
-            found["flow_weights"] = flow_weights or NO_WEIGHTS
-        return DataConfig.model_validate(found), StudentConfig.model_validate(described["settings"])
+        return run_data(described, flow_weights), StudentConfig.model_validate(described["settings"])
     except (KeyError, TypeError, ValidationError) as error:
         raise RunError(
             f"{where}: config.json is not that of a student of this version: {one_line(error)}. Train it again."
@@ -108,8 +113,8 @@ def load_student(
     ConfigError if RAFT lacks its weights.
     """
     described = run.config
-    data, _ = student_settings(described, run.path, flow_weights)
-    if data.flow_weights == NO_WEIGHTS:
+    data, config = student_settings(described, run.path, flow_weights)
+    if data.flow_weights == NO_WEIGHTS and "flow" in student_backbones(data, config):
         said = f"its flow is computed with {data.flow_method}. Name its weights by flow_weights."
         raise ConfigError(f"{run.path}: {said}")
     student = filled_student(described, run.load_checkpoint("best"), run.path)

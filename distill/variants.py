@@ -14,9 +14,7 @@ DROPOUT, DELTA = f"{BASELINE} w/ mod. dropout", f"{BASELINE} w/ delta"
 def variant(described: Mapping[str, Any]) -> str:
     """Return 16 hex digits for all that decides a run but its seed: runs that share them are repetitions."""
     settings = {name: value for name, value in described["settings"].items() if name != "seed"}
-    # Teachers of other seeds are repetitions too; whether there is one is not.
-    teacher = described.get("teacher", "") == NO_TEACHER
-    return digest([{**described, "settings": settings, "teacher": teacher, "contents": None}])
+    return digest({**described, "settings": settings})
 
 
 def label(described: Mapping[str, Any]) -> str:

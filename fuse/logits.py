@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from ..data.batches import TokenBatch, TokenReader
 from ..data.cache import Cache
+from ..data.errors import RunError, one_line
 from ..data.modality import ABSENT, PRESENT, UNWRITTEN
 from ..data.runs import RunFolder
 from ..data.stores import LogitStore, TokenStore
@@ -143,9 +145,18 @@ def build_teacher(stores: Mapping[str, TokenStore], n_classes: Mapping[str, int]
 
 
 def load_teacher(run: RunFolder, stores: dict[str, TokenStore]) -> FusionModel:
-    """Return the best fusion model of a finished run, in evaluation mode; stores: those that it was trained on."""
-    described = run.config
-    config = TeacherConfig.model_validate(described["settings"])
-    model = build_teacher(stores, {head: len(names) for head, names in described["classes"].items()}, config)
-    model.load_state_dict(run.load_checkpoint("best"))
+    """Return the best fusion model of a finished run, in evaluation mode; stores: those that it was trained on.
+
+    Raises RunError if config.json is not that of a teacher of this version, or the checkpoint not that of the two.
+    """
+    described, weights = run.config, run.load_checkpoint("best")
+    try:
+        config = TeacherConfig.model_validate(described["settings"])
+        model = build_teacher(stores, {head: len(names) for head, names in described["classes"].items()}, config)
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError, ValidationError) as error:
+        raise RunError(
+            f"{run.path}: its config.json, its weights and these tokens do not belong together: "
+            f"{one_line(error)[:200]}. Train the teacher again."
+        ) from None
     return model.eval()

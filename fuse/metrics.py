@@ -96,7 +96,8 @@ def wilson_bounds(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     share, spread = correct / n, z * z / n
     centre = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # Exactly 0 and 1 where all or none are right: rounding must not put a bound on the wrong side of the share.
+    return max(centre - half, 0.0) if correct else 0.0, min(centre + half, 1.0) if correct < n else 1.0
 
 
 def _all(flags: Mapping[str, Tensor]) -> Tensor:

@@ -6,9 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from karmma.data.errors import RunError
+from karmma.data.errors import ConfigError, RunError
 from karmma.data.runs import RunFolder
-from karmma.distill.challenge import require_heads, write_submission
+from karmma.distill.challenge import require_submittable, write_submission
 from karmma.distill.predictions import Predictions
 
 IDS = np.array(["P01_11_0", "P01_11_1", "P02_12_0"])
@@ -43,8 +43,12 @@ def test_zip_holds_it_as_test_json_and_is_the_same_each_time(found, tmp_path):
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
 
-def test_run_of_other_heads_is_refused(tmp_path):
+def test_run_of_other_classes_and_other_files_are_refused(tmp_path):
     run = RunFolder(tmp_path / "student-1")
-    run.start({"classes": {"kind": ["a"], "word": ["b"]}})
-    with pytest.raises(RunError, match="wants the heads verb and noun, this run has kind, word"):
-        require_heads(run)
+    run.start({"classes": {"verb": ["a"], "word": ["b"]}})
+    with pytest.raises(RunError, match="classes are verb 1, word 1, the challenge wants verb 97, noun 300"):
+        require_submittable(run, tmp_path / "s.json")
+    run.start({"classes": {"verb": ["v"] * 97, "noun": ["n"] * 300}})
+    require_submittable(run, tmp_path / "s.zip")
+    with pytest.raises(ConfigError, match=r"s\.csv: a submission ends in \.json or \.zip"):
+        require_submittable(run, tmp_path / "s.csv")

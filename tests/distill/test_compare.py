@@ -1,6 +1,7 @@
 """Runs side by side: seeds averaged, dense ranks, the rows of Tab. 1."""
 
 import csv
+import json
 
 import pytest
 from karmma.data.errors import RunError
@@ -23,7 +24,7 @@ def evaluation(label, accuracies, run="run-1", variant=None, rates=(0.0, 0.5)):
         rows.append(SubsetRow("all", subset, 100, 100, found, found, found, found, found))
     curve = tuple(RateRow(rate, {"action": 0.4 - rate / 4}, {"action": 0.01}) for rate in rates)
     common = {"action": 0.02, "verb": 0.2}
-    return Evaluation(run, label, variant or label, "test", 1, common, tuple(rows), curve, (), {}, {}, "")
+    return Evaluation(run, label, variant or label, "test", 1, 5, "c" * 16, common, tuple(rows), curve, (), {}, {}, "")
 
 
 def test_dense_ranks_share_ties_as_printed_and_leave_no_gap():
@@ -89,6 +90,11 @@ def test_latex_has_the_rows_of_tab_1_with_best_and_second():
     ]
 
 
+def test_latex_of_a_run_with_a_strange_name_is_text():
+    columns = compare([evaluation("KARMMA_S", {"V": 0.4}, name, name) for name in ("run#1&2_my-delta", "b")])
+    assert latex(columns).splitlines()[1].startswith(r"KARMMA\textsubscript{S} (run\#1\&2\_my-delta) & V & ")
+
+
 def test_latex_of_seeds_shows_the_deviation():
     runs = [evaluation("KARMMA_S", {"V": value}, run=f"s{value}", variant="x") for value in (0.3, 0.5)]
     assert latex(compare(runs)).splitlines()[1] == r"KARMMA\textsubscript{S} & V & 40.00 $\pm$ 14.14 \\"
@@ -96,7 +102,9 @@ def test_latex_of_seeds_shows_the_deviation():
 
 def test_files_hold_every_number(tmp_path):
     paths = write_comparison(compare([evaluation(label, found) for label, found in TAB_1.items()]), tmp_path / "c")
-    assert [path.name for path in paths] == ["c.csv", "c.tex"]
+    assert [path.name for path in paths] == ["c.csv", "c-rates.csv", "c.json", "c.tex"]
+    assert paths[1].read_text().splitlines()[1] == "Baseline,0.0,0.4000,0.0100"
+    assert json.loads(paths[2].read_text())[2]["mean"]["A"]["action"] == 0.0623
     rows = list(csv.DictReader(paths[0].read_text().splitlines()))
     assert len(rows) == 9
     assert rows[0] == {

@@ -103,11 +103,17 @@ def test_every_backbone_runs_once_per_clip(made, tmp_path, monkeypatch):
 def test_saved_predictions_are_read_until_run_or_clips_change(made, tmp_path, monkeypatch):
     table, data, teacher, student = made
     found = predict_run(student, table, data.cache, ASKED, tmp_path / "p")
+    computed = module._by_student
     monkeypatch.setattr(module, "_by_student", lambda *_: pytest.fail("computed again"))
     again = predict_run(student, table, data.cache, ASKED, tmp_path / "p")
     assert again.rows.tolist() == found.rows.tolist()
     other = predict_run(teacher, table, data.cache, ASKED, tmp_path / "p")
     assert not torch.equal(other.logits[M]["verb"], found.logits[M]["verb"])
+    monkeypatch.setattr(module, "_by_student", lambda *asked: calls.append(1) or computed(*asked))
+    calls = []
+    fewer = table.kept(table.clip_ids != table.clip_ids[table.rows("test")[-1]])
+    assert len(predict_run(student, fewer, data.cache, ASKED, tmp_path / "p").rows) == len(found.rows) - 1
+    assert calls
 
 
 def test_evaluation_of_other_draws_needs_no_second_prediction(made, monkeypatch):
@@ -119,6 +125,9 @@ def test_evaluation_of_other_draws_needs_no_second_prediction(made, monkeypatch)
     more = evaluate(student, table, data.cache, Asked("test", draws=4, device="cpu"))
     assert not more.was_there
     assert more.evaluation.rows == first.evaluation.rows
+    as_it_is = evaluate(student, table, data.cache, Asked("test", draws=None, device="cpu"))
+    assert as_it_is.was_there
+    assert as_it_is.evaluation.draws == 4
 
 
 def test_two_views_of_a_student_are_averaged(made, tmp_path):
@@ -155,8 +164,34 @@ def test_clip_that_fails_is_named_and_the_others_count(made, sample, tmp_path):
     text = text.replace(f"videos/{bad}.mp4", f"{tmp_path}/bad.mp4").replace(f"boxes/{bad}.json", "")
     text = text.replace("videos/", f"{sample}/videos/").replace("boxes/", f"{sample}/boxes/")
     (tmp_path / "t.csv").write_text(text)
-    found = predict_run(run, read_clip_table(tmp_path / "t.csv", data.heads), data.cache, ASKED, tmp_path / "p")
+    other = read_clip_table(tmp_path / "t.csv", data.heads)
+    found = predict_run(run, other, data.cache, ASKED, tmp_path / "p")
     assert list(found.failed) == [bad]
+    assert found.rows.tolist() == table.rows("test")[1:].tolist()
+    # Mended, it is read again, and the others are not.
+    (tmp_path / "bad.mp4").write_bytes(table.clip(table.rows("test")[0]).video.read_bytes())
+    mended = predict_run(run, other, data.cache, ASKED, tmp_path / "p")
+    assert mended.failed == {}
+    assert mended.rows.tolist() == table.rows("test").tolist()
+    assert torch.equal(mended.logits[M]["verb"][1:], found.logits[M]["verb"])
+
+
+def test_teachers_failed_tokens_are_named_and_clips_with_nothing_left_are_out(made, tmp_path, monkeypatch):
+    table, data, run, _ = made
+    lost, poor = (str(table.clip_ids[row]) for row in table.rows("test")[:2])
+    failures = {"video": {lost: "gone"}, "audio": {lost: "gone", poor: "cut"}, "detections": {lost: "gone"}}
+    monkeypatch.setattr(Cache, "failures", lambda self, modality, *_: failures[modality])
+    states = TokenReader.states
+
+    def some(self, modality, view):
+        found = states(self, modality, view).copy()
+        found[table.rows("test")[0]] = 3
+        return found
+
+    monkeypatch.setattr(TokenReader, "states", some)
+    found = predict_run(run, table, data.cache, ASKED, tmp_path / "p")
+    assert set(found.failed) == {lost, poor}
+    assert found.failed[poor] == "audio failed: cut"
     assert found.rows.tolist() == table.rows("test")[1:].tolist()
 
 
@@ -165,8 +200,10 @@ def test_modalities_of_runs_are_in_order(made):
     assert modalities_of(teacher) == modalities_of(student) == M
 
 
-def test_submission_of_unlabelled_clips_is_written(made, sample, tmp_path):
+def test_submission_of_unlabelled_clips_is_written(made, sample, tmp_path, monkeypatch):
     table, data, _, run = made
+    sizes = {head: len(names) for head, names in run.config["classes"].items()}
+    monkeypatch.setattr("karmma.distill.challenge.HEADS", sizes)
     lines = (sample / "clips.csv").read_text().splitlines()
     columns = lines[0].split(",")
     rows = [line.split(",") for line in lines[1:]]

@@ -28,8 +28,9 @@ def run(write_student_run, data, config):
     rows = [SubsetRow("all", subset, 8, 7, names, names, names, names, names) for subset in ("A+D", "A", "D")]
     rows.append(SubsetRow("tail", "A+D", 2, 1, some, some, some, some, some))
     evaluation = Evaluation(
-        "student-made", "KARMMA_S", "v" * 16, "test", 1, names, tuple(rows), (), (), {}, {"clip 9": "gone"}, "f" * 16
-    )
+        "student-made", "KARMMA_S", "v" * 16, "test", 1, 5, "c" * 16, names, tuple(rows), (), (), {},
+        {"clip 9": "gone"}, "f" * 16,
+    )  # fmt: skip
     evaluation.write(run.path / "evaluation" / "test", {})
     return run
 
@@ -106,7 +107,7 @@ def test_card_of_a_run_without_evaluation_or_licence_says_so(run, tmp_path):
     text = (save_student(run, tmp_path / "shared") / "README.md").read_text()
     assert huggingface_hub.ModelCard(text).data.license == "unknown"
     assert "Not stated. Licences of the training data" in text
-    assert "majority class" not in text
+    assert "commonest class" not in text
 
 
 def test_push_sends_exactly_the_folder(run, monkeypatch):

@@ -15,10 +15,12 @@ from karmma.distill.blueprint import student_blueprint
 from karmma.distill.config import StudentConfig
 from karmma.distill.efficiency import count
 from karmma.distill.examples import examples
+from karmma.distill.plots import class_bars, subset_bars
 from karmma.distill.predictions import Predictions
 from karmma.distill.report import Reported, write_report
-from karmma.distill.results import Asked
+from karmma.distill.results import Asked, ClassRow, Evaluation, SubsetRow
 from karmma.distill.scores import judge
+from karmma.fuse.metrics import wilson_bounds
 
 M = ("video", "audio", "detections")
 DATA = DataConfig(
@@ -86,6 +88,24 @@ def test_page_of_several_runs_puts_them_side_by_side(reported, tmp_path):
     assert "average rank" in page
     for each in reported:
         assert each.run.path.name in page
+
+
+def test_page_of_two_seeds_shows_their_mean(reported, tmp_path):
+    write_report(reported[:2], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    rows = [each.evaluation.of("all")[0].accuracy["action"] for each in reported[:2]]
+    assert re.search(rf"<td>\s*{50 * sum(rows):.1f}\s*<small class=\"quiet\">±", page)
+    assert "average rank" not in page
+
+
+def test_names_with_dollar_signs_and_perfect_accuracy_are_drawn():
+    rows = [ClassRow("verb", r"a $\frac$ b", 20, {"V": 1.0}), ClassRow("verb", "a$_{$b", 3, {"V": 0.0})]
+    assert "<svg" in class_bars(rows, "V")
+    whole = {"action": 1.0}
+    low, high = ({"action": bound} for bound in wilson_bounds(20, 20))
+    row = SubsetRow("all", "V", 20, 20, whole, low, high, whole, whole)
+    perfect = Evaluation("r$1$", "KARMMA_V", "v", "test", 1, 5, "c", {"action": None}, (row,), (), (), {}, {}, "")
+    assert "<svg" in subset_bars([perfect])
 
 
 def test_page_needs_no_network_and_no_script(reported, tmp_path):

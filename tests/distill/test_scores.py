@@ -120,6 +120,10 @@ def test_missing_rates_are_what_masking_every_clip_gives_on_average(run, table, 
     assert evaluation.rates[5].std["action"] > 0
 
 
+def test_one_draw_has_no_deviation(run, table, found):
+    assert judged(run, table, found, draws=1)[0].rates[5].std["action"] is None
+
+
 def test_draws_are_the_same_every_time(run, table, found):
     assert judged(run, table, found)[0].rates == judged(run, table, found)[0].rates
 
@@ -148,11 +152,18 @@ def test_labels_that_the_run_does_not_know_are_refused(run, table, found):
     run.start({**run.config, "classes": {**CLASSES, "noun": ["ball", "box", "cup"]}})
     with pytest.raises(TableError, match="has the noun 'kite', which the run does not know"):
         judged(run, table, found)
+    some = np.flatnonzero([text != "kite" for text in table.arrow.column("noun").to_pylist()])
+    known = [row for row in found.rows if row in some]
+    assert (labels_of(run, table, np.array(known[::-1]))["noun"] >= 0).all()  # others' labels do not matter
 
 
-def test_split_without_labels_is_refused_and_the_challenge_named(run, table, found):
+def test_split_without_labels_is_refused_and_the_challenge_named(run, table, found, monkeypatch):
     logits = {subset: {head: v[5:6] for head, v in heads.items()} for subset, heads in found.logits.items()}
     bare = Predictions(found.rows[5:6], found.present[5:6], logits)
+    evaluation, _ = judged(run, table, bare)  # its noun is labelled
+    assert evaluation.rows[0].accuracy["verb"] is None
+    assert evaluation.rows[0].accuracy["noun"] is not None
+    monkeypatch.setattr(type(table), "labels", lambda self, head, names=None: np.full(self.n_clips, -1))
     with pytest.raises(TableError, match=r"no clip of split 'test' is labelled in verb, noun\..*--challenge"):
         judged(run, table, bare)
 

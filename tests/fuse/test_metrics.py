@@ -146,3 +146,10 @@ def test_wilson_bounds_of_no_clips_say_nothing():
 def test_wilson_bounds_of_impossible_counts_raise(correct, n):
     with pytest.raises(ValueError, match=f"{correct} correct of {n} clips"):
         wilson_bounds(correct, n)
+
+
+def test_wilson_bounds_are_never_on_the_wrong_side_of_the_share():
+    for n in range(1, 1000):
+        for correct in (0, n):
+            low, high = wilson_bounds(correct, n)
+            assert low <= correct / n <= high
