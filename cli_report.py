@@ -45,7 +45,8 @@ def report(
 ) -> None:
     """Write one HTML page about runs, evaluated if they are not yet; or what models cost, with --efficiency."""
     if not efficiency:
-        runs = [RunFolder.open(folder) for folder in folders or []] or [latest_run(settings.data.runs, "student")]
+        runs = distinct([RunFolder.open(folder) for folder in folders or []])
+        runs = runs or [latest_run(settings.data.runs, "student")]
         _write_page(
             settings,
             runs,
@@ -93,10 +94,10 @@ def _write_page(settings: Settings, runs: list[RunFolder], asked: Asked, repeats
     from .distill.report import Reported, write_report
 
     reported, failed = [], 0
-    for run in distinct(runs):
+    for run in runs:
         table = run_table(settings, run)
-        evaluation = evaluate(run, table, settings.data.cache, asked).evaluation
         found = predict_run(run, table, settings.data.cache, asked, predictions_path(run, asked))
+        evaluation = evaluate(run, table, settings.data.cache, asked, found).evaluation
         try:
             (cost,) = _costs([run_blueprint(run, settings.extract)], [], asked.device, repeats)
         except (ConfigError, RunError) as error:  # a teacher's backbones are not those of the settings, or not known

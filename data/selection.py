@@ -49,18 +49,26 @@ def select_stores(cache: Cache, table: ClipTable, data: DataConfig, chosen: Mapp
     if not selection.stores:
         reasons = ", ".join(f"{modality}: {reason}" for modality, reason in selection.left_out.items())
         raise IncompleteCacheError(f"{cache.path}: no modality is complete ({reasons}). Run karmma extract.")
-    most = min(store.n_views for store in selection.stores.values())
-    whole = [all(n_missing(cache, table, *item, view) == 0 for item in selection.names.items()) for view in range(most)]
-    selection.n_views = (*whole, False).index(False)
+    selection.n_views = min(n_whole_views(cache, table, *item) for item in selection.stores.items())
     return selection
 
 
-def n_missing(cache: Cache, table: ClipTable, modality: str, name: str, view: int = 0) -> int:
+def n_whole_views(cache: Cache, table: ClipTable, modality: str, store: TokenStore) -> int:
+    """Return how many views, from the clean one on, lack no clip that they ought to have."""
+    gaps = (view for view in range(store.n_views) if n_missing(cache, table, modality, store.path.stem, view))
+    return next(gaps, store.n_views)
+
+
+def n_missing(
+    cache: Cache, table: ClipTable, modality: str, name: str, view: int = 0, due: np.ndarray | None = None
+) -> int:
     """Count the clips that a view ought to have and a store lacks: all of the table in view 0, else training clips.
 
+    due: [N] bool, to ask about others.
     Receipts decide: a clip whose source or times are no longer those that its tokens were made from is missing.
     """
-    due = np.ones(table.n_clips, bool) if view == 0 else table.split == "train"
+    if due is None:
+        due = np.ones(table.n_clips, bool) if view == 0 else table.split == "train"
     held = cache.held(modality, name, view)[cache.rows(table.clip_ids)]
     return int((held[due] != table_digests(table)[due]).sum())
 

@@ -40,7 +40,7 @@ def write_submission(
     clip_ids: [N] of the table; they are the narration ids.  supervision: sls_pt, sls_tl and sls_td, 0..5 each.
     Source: EPIC-KITCHENS-100, format 0.2.
     """
-    logits = found.logits[max(found.logits, key=len)]
+    logits = found.logits[found.modalities]
     results = {
         str(clip_ids[row]): {head: _by_class(logits[head][at].tolist()) for head in HEADS}
         for at, row in enumerate(found.rows)

@@ -1,7 +1,5 @@
 """What models cost, as files and as a figure."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,18 +9,15 @@ from matplotlib.figure import Figure
 from ..data.publish import publish, publish_json
 from ..fuse.figures import as_text, svg
 from .efficiency import Cost, Efficiency
+from .results import write_csv
 
 
 def write_efficiency(found: Sequence[Efficiency], folder: Path) -> list[Path]:
     """Write what models cost as efficiency.json, .csv and .svg; return the three paths."""
     paths = [folder / f"efficiency.{kind}" for kind in ("json", "csv", "svg")]
     publish_json(paths[0], [asdict(model) for model in found])
-    text = io.StringIO()
     rows = [{"model": model.name, **asdict(row)} for model in found for row in model.rows]
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    publish(paths[1], text.getvalue().encode())
+    write_csv(paths[1], list(rows[0]), [list(row.values()) for row in rows])
     publish(paths[2], efficiency_bars(found).encode())
     return paths
 

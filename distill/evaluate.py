@@ -11,15 +11,17 @@ from ..data.cache import Cache, table_digests
 from ..data.config import Place, digest
 from ..data.device import choose_device
 from ..data.errors import IncompleteCacheError, MediaError, RunError, TableError
-from ..data.modality import in_order, subsets
+from ..data.modality import subsets
 from ..data.progress import watched
 from ..data.runs import RunFolder
+from ..data.selection import n_missing
 from ..data.stores import TokenStore
 from ..fuse.logits import load_teacher
-from .predictions import Predictions, averaged_over, joined, subset_logits, teacher_logits
+from .predictions import Predictions, averaged_over, mended, subset_logits, teacher_logits
 from .results import Asked
 from .stream import ClipStream
 from .student import load_student
+from .variants import run_modalities
 
 
 def predict_run(run: RunFolder, table: ClipTable, cache: Place, asked: Asked, path: Path) -> Predictions:
@@ -41,12 +43,12 @@ def predict_run(run: RunFolder, table: ClipTable, cache: Place, asked: Asked, pa
     saved = Predictions.load(path, table.clip_ids, subsets(modalities_of(run)), made_from)
     if saved is not None and not saved.failed:
         return saved
-    due = rows if saved is None else _failed_rows(saved, table)
+    due = rows if saved is None else np.flatnonzero(np.isin(table.clip_ids, list(saved.failed)))
     with watched("evaluate", asked.views * len(due), "clips") as progress:
         predict = _by_student if kind == "student" else _by_teacher
         found = averaged_over(predict(run, table, cache, asked, due, progress.advance))
     if saved is not None:  # what failed before was looked at once more
-        found = joined(saved.without(due), found)
+        found = mended(saved, found, due)
     if not len(found.rows):
         clip_id, reason = next(iter(found.failed.items()))
         raise MediaError(f"No clip of {asked.split!r} can be read, such as {clip_id}: {reason.rstrip('.')}. Mend it.")
@@ -54,17 +56,10 @@ def predict_run(run: RunFolder, table: ClipTable, cache: Place, asked: Asked, pa
     return found
 
 
-def _failed_rows(saved: Predictions, table: ClipTable) -> np.ndarray:
-    return np.flatnonzero(np.isin(table.clip_ids, list(saved.failed)))
-
-
 def modalities_of(run: RunFolder) -> tuple[str, ...]:
     """Return the modalities of a student's or teacher's run, in order; raises RunError if it does not say them."""
-    described = run.config
     try:
-        if described["kind"] == "teacher":
-            return in_order(described["tokens"])
-        return in_order(described["settings"]["modalities"] or described["data"]["modalities"])
+        return run_modalities(run.config)
     except KeyError as error:
         raise RunError(f"{run.path}: config.json says nothing of {error.args[0]!r}. Train the run again.") from None
 
@@ -99,12 +94,10 @@ def _by_teacher(
 
 def _require_tokens(cache: Cache, table: ClipTable, modality: str, name: str, view: int, split: str) -> None:
     """Raise IncompleteCacheError unless every clip of the split has tokens in a view, as the table has it now."""
-    rows = table.rows(split)
-    wanted = table_digests(table)[rows]
-    held = cache.held(modality, name, view)[cache.rows(table.clip_ids[rows])]
-    n_missing = int((held != wanted).sum())
-    if n_missing:
+    due = table.split == split
+    n = n_missing(cache, table, modality, name, view, due)
+    if n:
         raise IncompleteCacheError(
-            f"{cache.tokens_path(modality, name)}: {n_missing} of {len(rows)} clips of split {split!r} have no "
+            f"{cache.tokens_path(modality, name)}: {n} of {due.sum()} clips of split {split!r} have no "
             f"{modality} tokens of view {view}. Run karmma extract, or evaluate fewer views."
         )

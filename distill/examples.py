@@ -42,7 +42,7 @@ class Example:
 def examples(run: RunFolder, table: ClipTable, found: Predictions, n_each: int = N_EACH) -> list[Example]:
     """Return the clips that all modalities together are surest of, n_each right ones, then n_each wrong ones."""
     labels = labels_of(run, table, found.rows)
-    every = max(found.logits, key=len)
+    every = found.modalities
     said, sure = predictions(found.logits[every]), confidence(found.logits[every])[ACTION]
     whole = torch.stack([classes >= 0 for classes in labels.values()]).all(0)  # whatever a head is called
     hit = torch.stack([said[head] == classes for head, classes in labels.items()]).all(0)

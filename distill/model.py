@@ -48,16 +48,16 @@ class ClipModel(nn.Module):
             seeds = torch.randint(2**63 - 1, (len(present),)).tolist()
         out = {}
         for column, modality in enumerate(self.modalities):
-            has = present[:, column]
             if modality not in inputs or not len(inputs[modality]):
                 continue
+            (rows,) = present[:, column].nonzero(as_tuple=True)
             if self.training:
-                seed_clips(self.backbones[modality], [seeds[at] for at in has.nonzero()[:, 0].tolist()])
+                seed_clips(self.backbones[modality], [seeds[at] for at in rows.tolist()])
             found = self.backbones[modality](inputs[modality])
             if self.theta:
                 found = theta_average(found, self.theta)
             # A scatter, not a gather: gradients reach the backbone from the rows it computed and no others.
-            out[modality] = found.new_zeros(len(present), *found.shape[1:]).index_put((has.nonzero()[:, 0],), found)
+            out[modality] = found.new_zeros(len(present), *found.shape[1:]).index_put((rows,), found)
         return out
 
     def forward(

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..data.batches import TokenReader
 from ..data.modality import letters
 from ..data.publish import publish
-from ..fuse.logits import averaged, joined_logits, on_device
+from ..fuse.logits import averaged, cached_batches, joined_logits
 from ..fuse.model import FusionModel
 from .model import ClipModel
 from .stream import ClipStream
@@ -38,6 +39,17 @@ class Predictions:
     logits: dict[Subset, dict[str, Tensor]]
     failed: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def modalities(self) -> Subset:
+        """The largest subset, and what the columns of `present` are."""
+        return max(self.logits, key=len)
+
+    def at(self, places: np.ndarray) -> "Predictions":
+        """Return the predictions at some of the n places, in their order."""
+        some = torch.from_numpy(places)
+        logits = {s: {head: part[some] for head, part in found.items()} for s, found in self.logits.items()}
+        return Predictions(self.rows[places], self.present[places], logits, self.failed)
+
     def save(self, path: Path, clip_ids: np.ndarray, made_from: str) -> None:
         """Publish as safetensors; clip_ids: [n] of the rows.  made_from: digest of all that decides them."""
         from safetensors.torch import save
@@ -47,21 +59,13 @@ class Predictions:
         about = {"made_from": made_from, "clip_ids": clip_ids.tolist(), "failed": self.failed}
         publish(path, save(tensors, {"about": json.dumps(about)}))
 
-    def without(self, rows: np.ndarray) -> "Predictions":
-        """Return the predictions without some rows of the clip table, and without failures."""
-        kept = ~np.isin(self.rows, rows)
-        some = torch.from_numpy(kept)
-        logits = {s: {head: part[some] for head, part in found.items()} for s, found in self.logits.items()}
-        return Predictions(self.rows[kept], self.present[kept], logits)
-
     def with_failures(self, failed: dict[str, str], clip_ids: np.ndarray) -> "Predictions":
         """Return the predictions with these failures; a clip of them that has nothing left is left out.
 
         clip_ids: [N] of the whole table.
         """
         has_failed = np.isin(clip_ids[self.rows], list(failed))
-        left = self.without(self.rows[has_failed & ~self.present.any(axis=1)])
-        return Predictions(left.rows, left.present, left.logits, failed)
+        return replace(self.at(np.flatnonzero(~has_failed | self.present.any(axis=1))), failed=failed)
 
     @classmethod
     def load(cls, path: Path, clip_ids: np.ndarray, subsets: Sequence[Subset], made_from: str) -> "Predictions | None":
@@ -130,14 +134,9 @@ def teacher_logits(
     view: int = 0,
 ) -> Predictions:
     """Do as `subset_logits` from cached tokens, which have to be there in this view."""
-    plan = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
-
-    def fused() -> Iterator[Fused]:
-        for batch in reader.batches(plan, view):
-            there = on_device(batch, device)
-            yield batch.rows, averaged(there, model), there.present
-
-    return Predictions(*_collected(model.eval(), fused(), chosen, count))
+    batches = cached_batches(reader, rows, view, device)
+    fused = ((there.rows, averaged(there, model), there.present) for there in batches)
+    return Predictions(*_collected(model.eval(), fused, chosen, count))
 
 
 def _collected(
@@ -159,17 +158,16 @@ def _collected(
     return np.concatenate(rows), np.concatenate(has), joined
 
 
-def joined(one: Predictions, other: Predictions) -> Predictions:
-    """Return the predictions of both, which share no clip, in the order of the clip table."""
-    rows = np.concatenate([one.rows, other.rows])
-    order = rows.argsort(kind="stable")
-    places = torch.from_numpy(order)
+def mended(saved: Predictions, again: Predictions, rows: np.ndarray) -> Predictions:
+    """Return what was saved with some rows of the clip table predicted again, in the order of the table."""
+    rest = saved.at(np.flatnonzero(~np.isin(saved.rows, rows)))
     logits = {
-        s: {head: torch.cat([part, other.logits[s][head]])[places] for head, part in found.items()}
-        for s, found in one.logits.items()
+        s: {head: torch.cat([part, again.logits[s][head]]) for head, part in found.items()}
+        for s, found in rest.logits.items()
     }
-    present = np.concatenate([one.present, other.present])[order]
-    return Predictions(rows[order], present, logits, one.failed | other.failed)
+    present = np.concatenate([rest.present, again.present])
+    both = Predictions(np.concatenate([rest.rows, again.rows]), present, logits, again.failed)
+    return both.at(both.rows.argsort(kind="stable"))
 
 
 def averaged_over(views: Sequence[Predictions]) -> Predictions:
@@ -177,18 +175,13 @@ def averaged_over(views: Sequence[Predictions]) -> Predictions:
     first = views[0]
     if len(views) == 1:
         return first
-    rows = np.array(sorted(set.intersection(*(set(view.rows.tolist()) for view in views))), np.int64)
-    places = [torch.from_numpy(_places(view.rows, rows)) for view in views]
+    rows = reduce(np.intersect1d, [view.rows for view in views])
+    views = [view.at(np.intersect1d(view.rows, rows, return_indices=True)[1]) for view in views]
     logits: dict[Subset, dict[str, Tensor]] = {}
     for subset, heads in first.logits.items():
         logits[subset] = {}
         for head in heads:
-            parts = [v.logits[subset][head][at].softmax(1) for v, at in zip(views, places, strict=True)]
-            logits[subset][head] = torch.stack(parts).mean(0).clamp(min=torch.finfo(torch.float32).tiny).log()
+            mean = torch.stack([view.logits[subset][head].softmax(1) for view in views]).mean(0)
+            logits[subset][head] = mean.clamp(min=torch.finfo(torch.float32).tiny).log()
     failed = {clip_id: reason for view in views for clip_id, reason in view.failed.items()}
-    return Predictions(rows, first.present[places[0].numpy()], logits, failed)
-
-
-def _places(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    order = rows.argsort()
-    return order[np.searchsorted(rows, wanted, sorter=order)]
+    return Predictions(rows, views[0].present, logits, failed)

@@ -17,6 +17,7 @@ from .efficiency_report import efficiency_bars
 from .examples import Example
 from .plots import class_bars, rate_curves, subset_bars, training_curves
 from .results import ClassRow, Evaluation
+from .variants import run_modalities
 
 N_HARDEST, FEWEST = 8, 3  # classes that are shown of a head, and the clips that one must have for it
 
@@ -34,12 +35,11 @@ class Reported:
     def facts(self) -> dict[str, str]:
         """What a reader asks first, by name."""
         described, result, row = self.run.config, self.run.result, self.evaluation.of("all")[0]
-        modalities = described.get("tokens") or described["settings"]["modalities"] or described["data"]["modalities"]
         accuracy = row.accuracy["action"]
         said = {
             f"action accuracy, {self.evaluation.split}": "-" if accuracy is None else f"{100 * accuracy:.1f} %",
             "clips": str(row.n_clips),
-            "modalities": letters(modalities),
+            "modalities": letters(run_modalities(described)),
             "trained parameters": f"{result['parameters'] / 1e6:.2f} M",
             "best epoch": f"{result['epoch']}",
         }

@@ -52,11 +52,8 @@ def judge(
             "--split; --challenge writes predictions of unlabelled clips."
         )
     hits = {subset: topk_hits(logits, labels) for subset, logits in found.logits.items()}
-    rows = [
-        _row(group, clips, subset, found, labels, hits[subset])
-        for group, clips in counted.items()
-        for subset in found.logits
-    ]
+    by_subset = [_rows(subset, found, labels, hits[subset], counted) for subset in found.logits]
+    rows = [row for of_group in zip(*by_subset, strict=True) for row in of_group]
     matrices, draws = confusion(found, labels), asked.draws or DRAWS
     evaluation = Evaluation(
         run=run.path.name,
@@ -68,7 +65,7 @@ def judge(
         clips=digest(table.clip_ids[found.rows].tolist()),
         majority=plain(majority(labels)),
         rows=tuple(rows),
-        rates=tuple(_rate(rate, found, hits, counted["all"], draws) for rate in RATES),
+        rates=tuple(_rates(found, hits, counted["all"], draws)),
         classes=tuple(row for head in labels for row in _classes(head, described["classes"][head], labels[head], hits)),
         confused={head: _confused(described["classes"][head], matrix) for head, matrix in matrices.items()},
         failed=found.failed,
@@ -77,65 +74,55 @@ def judge(
     return evaluation, matrices
 
 
-def _row(
-    group: str,
-    clips: Mapping[str, Tensor],
+def _rows(
     subset: Subset,
     found: Predictions,
     labels: Mapping[str, Tensor],
     hit: Mapping[str, Tensor],
-) -> SubsetRow:
-    logits, here = found.logits[subset], torch.from_numpy(_complete(found, subset))
+    counted: Mapping[str, Mapping[str, Tensor]],
+) -> Iterator[SubsetRow]:
+    """Yield what one subset reaches on each group of clips."""
+    logits, columns = found.logits[subset], [found.modalities.index(modality) for modality in subset]
+    here = torch.from_numpy(found.present[:, columns].all(axis=1))
     top5, sure = topk_hits(logits, labels, 5), confidence(logits)
-    bounds = {name: wilson_bounds(int((hit[name] & of).sum()), int(of.sum())) for name, of in clips.items()}
-    return SubsetRow(
-        group,
-        letters(subset),
-        int(clips[ACTION].sum()),
-        int((clips[ACTION] & here).sum()),
-        {name: _share(hit[name], of) for name, of in clips.items()},
-        {name: low for name, (low, _) in bounds.items()},
-        {name: high for name, (_, high) in bounds.items()},
-        {name: _share(top5[name], of) for name, of in clips.items()},
-        plain({name: calibration_error(sure[name][of], hit[name][of]) for name, of in clips.items()}),
-    )
+    for group, clips in counted.items():
+        bounds = {name: wilson_bounds(int((hit[name] & of).sum()), int(of.sum())) for name, of in clips.items()}
+        yield SubsetRow(
+            group,
+            letters(subset),
+            int(clips[ACTION].sum()),
+            int((clips[ACTION] & here).sum()),
+            {name: _share(hit[name], of) for name, of in clips.items()},
+            {name: low for name, (low, _) in bounds.items()},
+            {name: high for name, (_, high) in bounds.items()},
+            {name: _share(top5[name], of) for name, of in clips.items()},
+            plain({name: calibration_error(sure[name][of], hit[name][of]) for name, of in clips.items()}),
+        )
 
 
-def _complete(found: Predictions, subset: Subset) -> np.ndarray:
-    """Say which clips [n] have every modality of a subset."""
-    names = max(found.logits, key=len)
-    return found.present[:, [names.index(modality) for modality in subset]].all(axis=1)
-
-
-def _rate(rate: float, found: Predictions, hits: Hits, clips: Mapping[str, Tensor], draws: int) -> RateRow:
-    """Return accuracy where modalities of each clip are missing at random, by the rule of modality dropout.
+def _rates(found: Predictions, hits: Hits, clips: Mapping[str, Tensor], draws: int) -> Iterator[RateRow]:
+    """Yield accuracy where modalities of each clip are missing at random, by the rule of modality dropout.
 
     What is left of a clip is one of the subsets that were predicted, so nothing is run again.
     """
     present = torch.from_numpy(found.present)
     some = present.any(1)  # a clip that has nothing is judged as it is
-    shares: dict[str, list[float]] = {name: [] for name in clips}
-    for draw in range(draws):
-        left = torch.ones_like(present)
-        left[some] = modality_dropout(present[some], rate, Generator().manual_seed(draw))
-        chosen = _places(found, left)
-        for name, of in clips.items():
-            hit = torch.stack([each[name] for each in hits.values()])[chosen, torch.arange(len(chosen))]
-            shares[name].append(hit[of].double().mean().item())
-    values = {name: torch.tensor(each, dtype=torch.float64) for name, each in shares.items()}
-    mean = plain({name: each.mean().item() for name, each in values.items()})
-    std = {name: each.std().item() if draws > 1 else float("nan") for name, each in values.items()}
-    return RateRow(rate, mean, plain(std))
-
-
-def _places(found: Predictions, left: Tensor) -> Tensor:
-    """Return the place [n] among the predicted subsets of what is left of each clip, [n, M] bool."""
-    names = max(found.logits, key=len)
-    bits = 2 ** torch.arange(len(names))
-    table = torch.zeros(2 ** len(names), dtype=torch.long)
+    bits = 2 ** torch.arange(present.shape[1])
+    place = torch.zeros(2 ** len(bits), dtype=torch.long)  # of a subset, told by the sum of its bits
     for at, subset in enumerate(found.logits):
-        table[sum(2 ** names.index(modality) for modality in subset)] = at
-    return table[(left * bits).sum(1)]
+        place[sum(2 ** found.modalities.index(modality) for modality in subset)] = at
+    stacked = {name: torch.stack([each[name] for each in hits.values()]) for name in clips}  # each [subsets, n]
+    for rate in RATES:
+        values = torch.empty(len(clips), draws, dtype=torch.float64)
+        for draw in range(draws):
+            left = torch.ones_like(present)
+            left[some] = modality_dropout(present[some], rate, Generator().manual_seed(draw))
+            chosen = place[(left * bits).sum(1)]
+            for own, (name, of) in zip(values, clips.items(), strict=True):
+                own[draw] = stacked[name][chosen, torch.arange(len(chosen))][of].double().mean()
+        std = values.std(1) if draws > 1 else torch.full((len(clips),), torch.nan)
+        mean, spread = (plain(dict(zip(clips, each.tolist(), strict=True))) for each in (values.mean(1), std))
+        yield RateRow(rate, mean, spread)
 
 
 def _classes(head: str, names: Sequence[str], labels: Tensor, hits: Hits) -> Iterator[ClassRow]:
@@ -146,7 +133,7 @@ def _classes(head: str, names: Sequence[str], labels: Tensor, hits: Hits) -> Ite
 
 def confusion(found: Predictions, labels: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Return head -> [N_h, N_h] labelled clips by true and predicted class, all modalities in; labels: head -> [n]."""
-    out, logits = {}, found.logits[max(found.logits, key=len)]
+    out, logits = {}, found.logits[found.modalities]
     for head, classes in predictions(logits).items():
         n, of = logits[head].shape[1], labels[head] >= 0
         out[head] = torch.bincount(labels[head][of] * n + classes[of], minlength=n * n).view(n, n).numpy()

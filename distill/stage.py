@@ -6,7 +6,7 @@ Nothing at import needs torch: a run that is there already is found without it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.annotations import ClipTable
 from ..data.cache import Cache, has_cache
@@ -19,6 +19,9 @@ from ..fuse.stage import require_labels
 from .config import NO_TEACHER, StudentConfig
 from .results import FORMAT, Asked, Evaluation
 from .teacher import CachedTeacher, find_teacher, known_present
+
+if TYPE_CHECKING:
+    from .predictions import Predictions
 
 NOT_DECISIVE = SHARED | {
     *("variant", "teacher", "views"),  # what they come to is said elsewhere
@@ -86,10 +89,13 @@ class Evaluated:
     was_there: bool
 
 
-def evaluate(run: RunFolder, table: ClipTable, cache: Place, asked: Asked) -> Evaluated:
+def evaluate(
+    run: RunFolder, table: ClipTable, cache: Place, asked: Asked, found: "Predictions | None" = None
+) -> Evaluated:
     """Evaluate a finished student or teacher on a split; what was written for exactly this is read, not done again.
 
-    cache: where a teacher's tokens are.  Raises as `predict_run` and `judge`.
+    cache: where a teacher's tokens are.  found: the run's predictions, where they are at hand.
+    Raises as `predict_run` and `judge`.
     """
     stem = run.path / "evaluation" / asked.stem
     lists = [sorted(table.unseen), {head: sorted(names) for head, names in table.tail.items()}]
@@ -103,7 +109,8 @@ def evaluate(run: RunFolder, table: ClipTable, cache: Place, asked: Asked) -> Ev
         from .evaluate import predict_run
         from .scores import judge
 
-        found = predict_run(run, table, cache, asked, predictions_path(run, asked))
+        if found is None:
+            found = predict_run(run, table, cache, asked, predictions_path(run, asked))
         evaluation, confusion = judge(run, table, found, asked, made_from)
         publish(files[1], latex(compare([evaluation])).encode())
         evaluation.write(stem, confusion)

@@ -11,7 +11,7 @@ from ..data.config import DataConfig
 from ..data.errors import CacheError, ConfigError, IncompleteCacheError, StaleCacheError, nearest
 from ..data.identity import differences, input_identity
 from ..data.modality import PRESENT
-from ..data.selection import fitting_stores, n_missing
+from ..data.selection import fitting_stores, n_missing, n_whole_views
 from ..data.stores import LogitStore, TokenStore
 from .config import NO_TEACHER, StudentConfig
 
@@ -57,6 +57,26 @@ def find_teacher(cache: Cache | None, table: ClipTable, data: DataConfig, config
     if config.teacher == NO_TEACHER:
         views = config.views or (known_views(cache, table, data, config) if cache else 1)
         return CachedTeacher(None, np.arange(table.n_clips), views)
+    store, train = _chosen(cache, config), table.rows("train")
+    _require_same(store, table, data)
+    if config.views not in (0, store.n_views):
+        raise ConfigError(
+            f"views is {config.views}, but {store.path} has {store.n_views}: a student sees the teacher's. Drop it."
+        )
+    rows = np.full(table.n_clips, -1)
+    rows[train] = cache.rows(table.clip_ids[train])
+    known = train[store.has(rows[train], 0)]
+    other = known[~store.is_made_from(rows[known], table_digests(table)[known])]
+    if len(other):
+        raise StaleCacheError(
+            f"{store.path}: {len(other)} clip(s) are not those that this teacher saw, such as "
+            f"{str(table.clip_ids[other[0]])!r}: source or times changed. Extract and train the teacher again."
+        )
+    return CachedTeacher(store, rows)
+
+
+def _chosen(cache: Cache, config: StudentConfig) -> LogitStore:
+    """Return the logits that config.teacher names, or the only ones there are; raises CacheError."""
     names = {path.stem: path for path in sorted((cache.path / "logits").glob("*.zarr"))}
     if config.teacher is not None:
         wanted = Path(config.teacher).name
@@ -77,22 +97,7 @@ def find_teacher(cache: Cache | None, table: ClipTable, data: DataConfig, config
         raise CacheError(
             f"{cache.path}: {len(names)} teachers here: {', '.join(_named(names))}. Choose one with --teacher."
         )
-    store, train = LogitStore.open(next(iter(names.values()))), table.rows("train")
-    _require_same(store, table, data)
-    if config.views not in (0, store.n_views):
-        raise ConfigError(
-            f"views is {config.views}, but {store.path} has {store.n_views}: a student sees the teacher's. Drop it."
-        )
-    rows = np.full(table.n_clips, -1)
-    rows[train] = cache.rows(table.clip_ids[train])
-    known = train[store.has(rows[train], 0)]
-    other = known[~store.is_made_from(rows[known], table_digests(table)[known])]
-    if len(other):
-        raise StaleCacheError(
-            f"{store.path}: {len(other)} clip(s) are not those that this teacher saw, such as "
-            f"{str(table.clip_ids[other[0]])!r}: source or times changed. Extract and train the teacher again."
-        )
-    return CachedTeacher(store, rows)
+    return LogitStore.open(next(iter(names.values())))
 
 
 def _named(names: dict[str, Path]) -> list[str]:
@@ -120,10 +125,8 @@ def known_views(cache: Cache, table: ClipTable, data: DataConfig, config: Studen
     """
     found = []
     for modality in config.modalities or data.modalities:
-        whole = _whole_stores(cache, table, modality, data)
-        gaps = [[n_missing(cache, table, modality, name, view) > 0 for view in range(store.n_views)]
-                for name, store in whole.items()]  # fmt: skip
-        found.append(max(((*each, True).index(True) for each in gaps), default=1))
+        whole = _whole_stores(cache, table, modality, data).values()
+        found.append(max((n_whole_views(cache, table, modality, store) for store in whole), default=1))
     return max(1, min(found))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..data.config import digest
-from ..data.modality import letters
+from ..data.modality import in_order, letters
 from .config import NO_TEACHER, StudentConfig
 
 BASELINE = "Baseline"
@@ -17,12 +17,19 @@ def variant(described: Mapping[str, Any]) -> str:
     return digest({**described, "settings": settings})
 
 
+def run_modalities(described: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modalities of a student's or teacher's run, in order; raises KeyError if it does not say them."""
+    if described["kind"] == "teacher":
+        return in_order(described["tokens"])
+    return in_order(described["settings"]["modalities"] or described["data"]["modalities"])
+
+
 def label(described: Mapping[str, Any]) -> str:
     """Return the paper's name of a run, as in Tab. 1 to 3 and B.1."""
     if described["kind"] == "teacher":
         return "KARMMA_T"
     settings, has_teacher = described["settings"], described["teacher"] != NO_TEACHER
-    modalities = settings["modalities"] or described["data"]["modalities"]
+    modalities = run_modalities(described)
     missing, drops = settings["missing"], settings["modality_dropout"] > 0
     own = StudentConfig.model_fields["missing"].default
     if len(modalities) == 1:

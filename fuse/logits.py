@@ -36,6 +36,13 @@ def averaged(batch: TokenBatch, model: FusionModel) -> dict[str, Tensor]:
     return {modality: theta_average(values.float(), n_tokens[modality]) for modality, values in batch.tokens.items()}
 
 
+def cached_batches(reader: TokenReader, rows: np.ndarray, view: int, device: torch.device) -> Iterator[TokenBatch]:
+    """Yield the cached tokens of table rows on a device, as many clips at a time as fit where nothing is learned."""
+    plan = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+    for batch in reader.batches(plan, view):
+        yield on_device(batch, device)
+
+
 @torch.inference_mode()
 def run_teachers(
     models: Sequence[FusionModel], reader: TokenReader, rows: np.ndarray, view: int, device: torch.device
@@ -44,13 +51,11 @@ def run_teachers(
 
     Clips without any modality must not be among the rows.
     """
-    plan = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
     for model in models:
         model.eval()
-    for batch in reader.batches(plan, view):
-        there = on_device(batch, device)
+    for there in cached_batches(reader, rows, view, device):
         outputs = [model(averaged(there, model), there.present) for model in models]
-        yield batch.rows, [{head: logits.float().cpu() for head, logits in out.logits.items()} for out in outputs]
+        yield there.rows, [{head: logits.float().cpu() for head, logits in out.logits.items()} for out in outputs]
 
 
 def shared_logits(

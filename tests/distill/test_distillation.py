@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -287,8 +288,9 @@ def test_clip_that_the_teacher_has_nothing_to_say_of_learns_from_its_label(cours
 
 
 def test_student_without_teacher_sees_as_many_views_as_the_cache_has(table, data, config, monkeypatch):
-    monkeypatch.setattr("karmma.distill.teacher._whole_stores", lambda *_: {"x": type("Store", (), {"n_views": 4})})
-    monkeypatch.setattr("karmma.distill.teacher.n_missing", lambda cache, table, m, name, view: int(view > 2))
+    store = type("Store", (), {"n_views": 4, "path": Path("x.zarr")})
+    monkeypatch.setattr("karmma.distill.teacher._whole_stores", lambda *_: {"x": store})
+    monkeypatch.setattr("karmma.data.selection.n_missing", lambda cache, table, m, name, view: int(view > 2))
     cache, _ = add_teacher(data, table)
     assert find_teacher(cache, table, data, config).n_views == 3
     assert find_teacher(cache, table, data, config.model_copy(update={"views": 2})).n_views == 2
