@@ -12,8 +12,10 @@ from ..data.annotations import ClipTable
 from ..data.cache import Cache, has_cache
 from ..data.config import PLACES, DataConfig, Place, digest
 from ..data.identity import input_identity
+from ..data.modality import MODALITIES
 from ..data.publish import publish
 from ..data.runs import RunFolder
+from ..extract.weights import weights_content
 from ..fuse.config import NOT_DECISIVE as SHARED
 from ..fuse.stage import require_labels
 from .config import NO_TEACHER, StudentConfig
@@ -68,9 +70,13 @@ def distill_student(table: ClipTable, data: DataConfig, config: StudentConfig) -
 def describe_run(table: ClipTable, data: DataConfig, config: StudentConfig, teacher: CachedTeacher) -> dict[str, Any]:
     """Return all that decides a student: settings, inputs, teacher, clips and labels; no paths, no devices."""
     modalities = config.modalities or data.modalities
+    unused = set(MODALITIES) - set(modalities)
+    settings = config.model_dump(mode="json", exclude=NOT_DECISIVE | unused)
+    for modality in modalities:
+        settings[modality]["weights"] = weights_content(settings[modality]["weights"], f"student.{modality}")
     return {
         "kind": "student",
-        "settings": config.model_dump(mode="json", exclude=NOT_DECISIVE),
+        "settings": settings,
         "data": data.model_dump(mode="json", exclude=PLACES),
         "inputs": {modality: input_identity(modality, data) for modality in modalities},
         "teacher": teacher.digest,

@@ -68,21 +68,23 @@ def _stlt(n_spatial: int, n_temporal: int, width: int = 768, n_heads: int = 12, 
     return Recipe(("detections",), build)
 
 
+MICRO = {
+    "embed_dim": 48,
+    "depths": (2, 2),
+    "num_heads": (3, 6),
+    "window": (4, 3, 3),
+    "mlp_ratio": 2.0,
+    "stochastic_depth": 0.0,
+}
 BACKBONES: dict[str, Recipe] = {
     "swin3d_t": _swin(Swin3D_T_Weights.KINETICS400_V1, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
     "swin3d_s": _swin(Swin3D_S_Weights.KINETICS400_V1, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     "swin3d_b": _swin(Swin3D_B_Weights.KINETICS400_V1, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
     # For clips of 8 x 48 x 48: things move by more than 4 pixels from frame to frame, so patches are 8 wide; windows
     # of 3 x 3 divide both stages, 6 x 6 and 3 x 3, so nothing is padded.
-    "swin3d_micro": _swin(
-        patch=(2, 8, 8),
-        embed_dim=48,
-        depths=(2, 2),
-        num_heads=(3, 6),
-        window=(4, 3, 3),
-        mlp_ratio=2.0,
-        stochastic_depth=0.0,
-    ),
+    "swin3d_micro": _swin(patch=(2, 8, 8), **MICRO),
+    # The same for 84 x 84, whose patches are those of a teacher with DINOv2.
+    "swin3d_micro_p14": _swin(patch=(2, 14, 14), **MICRO),
     "ast_t": _ast(width=192, depth=12, n_heads=3, patches=(16, 10)),
     # A pitch shows in the positions alone; at 0.02 so small a model takes hundreds of steps to notice them.
     "ast_micro": _ast(width=96, depth=3, n_heads=3, patches=(8, 6), position_std=0.5),

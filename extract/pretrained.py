@@ -14,7 +14,7 @@ from .backbone import Backbone
 from .video_swin import FLOW_MEAN, FLOW_STD, VIDEO_MEAN, VIDEO_STD
 
 VIDEO_MODELS = ("videomae", "vivit", "timesformer")
-WHISPER_STEPS, WHISPER_HOP = 3000, 160
+WHISPER_HOP = 160
 # log10 of the least power that Whisper's recipe knows, and how far below the loudest it cuts off.
 WHISPER_FLOOR, WHISPER_RANGE = -10.0, 8.0
 
@@ -57,29 +57,29 @@ class WhisperTokens(Backbone):
 
     The T segments are put end to end; they are the clip's sound, without gaps or repetition, where `audio_segment_s`
     is the length of a clip divided by `frames`; with `audio_fft` and `audio_window` 400 they are Whisper's.  The rest
-    of Whisper's 30 s is silence, whose tokens are left out.
+    of what the encoder has positions for, 30 s as published, is silence, whose tokens are left out.
     """
 
     def __init__(self, network: nn.Module, input_shape: tuple[int, ...]) -> None:
         n_frames, mels, steps = input_shape
-        wanted = network.config.num_mel_bins
-        if mels != wanted or n_frames * steps > WHISPER_STEPS:
+        wanted, most = network.config.num_mel_bins, 2 * network.config.max_source_positions
+        if mels != wanted or n_frames * steps > most:
             raise ConfigError(
-                f"Whisper takes {wanted} mel bins, at most {WHISPER_STEPS} steps; audio comes as {n_frames} x {mels} x "
+                f"Whisper takes {wanted} mel bins, at most {most} steps; audio comes as {n_frames} x {mels} x "
                 f"{steps}. Set audio_mels = {wanted}, audio_hop = {WHISPER_HOP}, audio_window = audio_fft = 400, and "
                 "audio_segment_s to the length of a clip divided by frames."
             )
         super().__init__(input_shape, -(-n_frames * steps // 2), network.config.d_model)
-        self.network = network
+        self.network, self.n_steps = network, most
 
     def tokens(self, x: Tensor) -> Tensor:
         """Turn log10 mel power [B, T, mels, steps] into tokens [B, ceil(T * steps / 2), D].
 
-        Source: log_mel_spectrogram of openai/whisper: floor, 8 below the maximum, (x + 4) / 4, silence up to 30 s.
+        Source: log_mel_spectrogram of openai/whisper: floor, 8 below the maximum, (x + 4) / 4, silence up to the end.
         """
         parameter = next(self.network.parameters())
         sound = x.float().permute(0, 2, 1, 3).flatten(2)  # [B, mels, T * steps]
-        sound = F.pad(sound.clamp_min(WHISPER_FLOOR), (0, WHISPER_STEPS - sound.shape[2]), value=WHISPER_FLOOR)
+        sound = F.pad(sound.clamp_min(WHISPER_FLOOR), (0, self.n_steps - sound.shape[2]), value=WHISPER_FLOOR)
         sound = torch.maximum(sound, sound.amax((1, 2), keepdim=True) - WHISPER_RANGE)
         features = ((sound + 4) / 4).to(parameter.dtype)
         return self.network(features).last_hidden_state[:, : self.n_tokens]

@@ -43,17 +43,25 @@ def backbone_request(modality: str, data: DataConfig, config: ExtractConfig) -> 
         request["clip_token"] = chosen.clip_token
     if chosen.weights == "none":
         return {**request, "weights": f"none, seed {config.seed}"}
-    if chosen.weights in NAMED_WEIGHTS:
-        return {**request, "weights": chosen.weights}
-    path = Path(chosen.weights)
+    return {**request, "weights": weights_content(chosen.weights, f"extract.{modality}")}
+
+
+def weights_content(weights: str, where: str) -> str:
+    """Return a name of weights as it is, and of a file the digest of its bytes: no path decides a result.
+
+    where: names the backbone in errors, such as 'extract.video'.  Raises ConfigError if there is no such file.
+    """
+    if weights in NAMED_WEIGHTS:
+        return weights
+    path = Path(weights)
     if not path.is_file():
         raise ConfigError(
-            f"extract.{modality}.weights = {chosen.weights!r}: no such file, and not one of "
+            f"{where}.weights = {weights!r}: no such file, and not one of "
             f"{', '.join(NAMED_WEIGHTS)}. Name a local file, or ask for random weights with "
-            f"--set extract.{modality}.weights=none."
+            f"--set {where}.weights=none."
         )
     with open(path, "rb") as file:
-        return {**request, "weights": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hub_folder(name: str) -> Path | None:
