@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .distill.predict import Predictor
+    from .distill.predictor import Predictor
 
 __version__ = "0.1.0"
 
@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 def load(run: str | os.PathLike, device: str = "auto", flow_weights: str | os.PathLike | None = None) -> "Predictor":
     """Return what predicts raw files with a finished student: `karmma.load("runs/student-...").predict("clip.mp4")`.
 
-    See `karmma.distill.predict`: device, flow_weights, and the errors raised.
+    See `karmma.distill.predictor`: device, flow_weights, and the errors raised.
     """
-    from .distill.predict import load  # torch and all: nobody waits for them who only wants the version
+    from .distill.predictor import load  # torch and all: nobody waits for them who only wants the version
 
     return load(run, device, flow_weights)

@@ -19,8 +19,8 @@ from .data.runs import RunFolder, latest_run
 
 if TYPE_CHECKING:
     from .data.annotations import Clip
-    from .distill.predict import Predictor
     from .distill.prediction import Failure, Prediction
+    from .distill.predictor import Predictor
 
 SHOWN = 20  # windows of a timeline; the CSV has them all
 PLACES = ("data.runs", "data.flow_weights", "data.video_fps", "data.flow_fps", "data.audio_hz")
@@ -60,7 +60,7 @@ def predict(
     sources = {name: path for name, path in (("audio", audio), ("flow", flow), ("detections", detections)) if path}
     asked = _Asked(named, sources, window, stride, csv, video)
     folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
-    from .distill.predict import load
+    from .distill.predictor import load
 
     predictor, said = load(folder.path, device, settings.data.flow_weights), _Said()
     chosen = predictor.known(",".join(modalities) if modalities else None)

@@ -24,9 +24,9 @@ from karmma.data.clips import read_clip_table
 from karmma.data.modality import letters, subsets
 from karmma.data.sample import write_sample
 from karmma.data.settings import read_preset, resolve
-from karmma.distill.predictions import BATCH, subset_logits
 from karmma.distill.stream import ClipStream
 from karmma.distill.student import build_student
+from karmma.distill.subsets import BATCH, subset_logits
 from torch import Tensor
 
 M = ("video", "flow", "audio")

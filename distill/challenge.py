@@ -11,7 +11,7 @@ import numpy as np
 from ..data.errors import ConfigError, RunError
 from ..data.publish import publish
 from ..data.runs import RunFolder
-from .predictions import Predictions
+from .subsets import Predictions
 
 HEADS = {"verb": 97, "noun": 300}  # classes, in the official order
 SUFFIXES = (".json", ".zip")

@@ -27,10 +27,10 @@ from ..fuse.training import begin, usable_rows
 from .config import StudentConfig
 from .dropout import seeded_dropout
 from .losses import count_clips, kl_divergence
-from .predictions import subset_logits
 from .recompute import recompute_blocks
 from .stream import ClipBatch, ClipStream
 from .student import build_student
+from .subsets import subset_logits
 from .teacher import CachedTeacher
 
 # A batch of a plan: rows [B] of the clip table, and which modalities [B, M] of them a step takes.

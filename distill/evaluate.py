@@ -17,10 +17,10 @@ from ..data.runs import RunFolder
 from ..data.selection import n_missing
 from ..data.stores import TokenStore
 from ..fuse.logits import load_teacher
-from .predictions import Predictions, averaged_over, mended, subset_logits, teacher_logits
 from .results import Asked
 from .stream import ClipStream
 from .student import load_student
+from .subsets import Predictions, averaged_over, mended, subset_logits, teacher_logits
 from .variants import run_modalities
 
 

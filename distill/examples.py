@@ -12,9 +12,9 @@ from ..data.modality import letters
 from ..data.runs import RunFolder
 from ..data.thumbnails import thumbnails
 from ..fuse.metrics import ACTION, confidence, predictions
-from .predictions import Predictions
 from .scores import labels_of
 from .student import run_data
+from .subsets import Predictions
 
 N_EACH = 3  # clips that are surely right, and as many surely wrong
 

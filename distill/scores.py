@@ -15,8 +15,8 @@ from ..data.runs import RunFolder
 from ..fuse.dropout import modality_dropout
 from ..fuse.metrics import ACTION, calibration_error, confidence, majority, predictions, topk_hits, wilson_bounds
 from .groups import groups
-from .predictions import Predictions, Subset
 from .results import DRAWS, Asked, ClassRow, Evaluation, RateRow, SubsetRow
+from .subsets import Predictions, Subset
 from .variants import label, variant
 
 RATES = tuple(tenth / 10 for tenth in range(10))  # Fig. 4: 0 to 90 percent

@@ -23,7 +23,7 @@ from .results import FORMAT, Asked, Evaluation
 from .teacher import CachedTeacher, find_teacher, known_present
 
 if TYPE_CHECKING:
-    from .predictions import Predictions
+    from .subsets import Predictions
 
 NOT_DECISIVE = SHARED | {
     *("variant", "teacher", "views"),  # what they come to is said elsewhere

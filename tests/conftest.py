@@ -130,3 +130,50 @@ def write_student_run(tmp_path: Path) -> Callable[..., Any]:
         return run
 
     return write
+
+
+@pytest.fixture
+def give(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that gives a command in this process; it returns exit code, stdout and stderr."""
+    from karmma import cli
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["karmma", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def left() -> Callable[[Path], Any]:
+    """Return a function: what a finished run has left that must not differ, weights and records without times."""
+    from karmma.data.runs import RunFolder
+
+    def found(run: Path) -> Any:
+        weights = {name: (run / f"{name}.safetensors").read_bytes() for name in ("best", "last")}
+        records = RunFolder.open(run).metrics()
+        for record in records:
+            del record["clips_per_s"], record["waiting_share"]
+        return weights, records
+
+    return found
+
+
+@pytest.fixture
+def slowed(tmp_path: Path) -> dict[str, str]:
+    """An environment in which a training step takes longer: one has to hit the middle of an epoch."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(
+        "import sys, time, importlib.abc\n"
+        "class Slow(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'karmma.fuse.loop':\n"
+        "            from karmma.fuse import training\n"
+        "            step = training.Training.step\n"
+        "            training.Training.step = lambda self, batch: (time.sleep(0.1), step(self, batch))[1]\n"
+        "sys.meta_path.insert(0, Slow())\n"
+    )
+    return os.environ | {"PYTHONPATH": f"{tmp_path / 'slow'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}

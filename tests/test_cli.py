@@ -5,20 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from karmma import cli, cli_options
+from karmma import cli_options
 from karmma.data.clips import read_clip_table
 from karmma.data.sample import write_sample
 
 TABLE = "clip_id,video,split,verb,noun\na,a.mp4,train,push,ball\nb,b.mp4,val,pull,box\n"
-
-
-def run(monkeypatch, capsys, *args):
-    """Run a command in this process; return exit code, stdout and stderr."""
-    monkeypatch.setattr("sys.argv", ["karmma", *args])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
 
 
 @pytest.fixture
@@ -52,25 +43,25 @@ def here(tmp_path, monkeypatch):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_error_is_one_clear_line_and_exit_code_1(here, monkeypatch, capsys, args, said):
+def test_error_is_one_clear_line_and_exit_code_1(here, give, args, said):
     (here / "t.csv").write_text(TABLE)
     (here / "empty.csv").write_text(TABLE.splitlines()[0] + "\n")
-    code, _, err = run(monkeypatch, capsys, *args)
+    code, _, err = give(*args)
     assert said in err
     assert code == 1
     assert len(err.strip().splitlines()) == 1
 
 
-def test_unknown_option_is_wrong_usage(here, monkeypatch, capsys):
-    code, _, err = run(monkeypatch, capsys, "extract", "--thetta", "3")
+def test_unknown_option_is_wrong_usage(here, give):
+    code, _, err = give("extract", "--thetta", "3")
     assert code == 2
     assert "No such option: --thetta" in err
 
 
-def test_every_plain_field_is_an_option_and_help_names_its_source(here, monkeypatch, capsys):
+def test_every_plain_field_is_an_option_and_help_names_its_source(here, give, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     for command, sections in {"extract": ("data", "extract"), "distill": ("data", "student")}.items():
-        code, out, _ = run(monkeypatch, capsys, command, "--help")
+        code, out, _ = give(command, "--help")
         assert code == 0
         for section in sections:
             for name, field in cli_options.SECTIONS[section].model_fields.items():
@@ -79,7 +70,7 @@ def test_every_plain_field_is_an_option_and_help_names_its_source(here, monkeypa
     assert "paper, sec. 4" in out
 
 
-def test_without_settings_the_sample_data_is_used_and_said(here, monkeypatch, capsys):
+def test_without_settings_the_sample_data_is_used_and_said(here, give, monkeypatch, capsys):
     monkeypatch.setattr(cli_options, "write_sample", lambda folder, progress: write_sample(folder, n_clips=24))
     settings = cli_options.Settings(None, None, [], {}, needs_clips=True)
     assert "using the sample data in ./karmma-sample" in capsys.readouterr().err
@@ -102,10 +93,10 @@ def test_preset_option_wins_over_the_preset_of_the_file(here):
     assert cli_options.Settings(None, "paper", [], {}, needs_clips=True).data.frames == 32
 
 
-def test_check_lists_every_bad_row_and_ends_with_exit_code_3(here, monkeypatch, capsys):
+def test_check_lists_every_bad_row_and_ends_with_exit_code_3(here, give):
     rows = [f"c{k},none{k}.mp4,train,push,ball" for k in range(12)]
     (here / "t.csv").write_text("\n".join([TABLE.splitlines()[0], *rows, "c0,b.mp4,val,pull,box"]) + "\n")
-    code, out, err = run(monkeypatch, capsys, "check", "--table", "t.csv")
+    code, out, err = give("check", "--table", "t.csv")
     assert code == 3
     assert len(out.strip().splitlines()) == 13
     assert "t.csv, line 14, c0: clip_id 'c0' is taken by line 2" in out
@@ -113,28 +104,26 @@ def test_check_lists_every_bad_row_and_ends_with_exit_code_3(here, monkeypatch, 
     assert "12 clips (12 train, 0 val, 0 test), 12 with something wrong" in err
 
 
-def test_check_writes_the_table_as_read_and_it_reads_the_same(here, monkeypatch, capsys):
+def test_check_writes_the_table_as_read_and_it_reads_the_same(here, give):
     write_sample(here / "sample", n_clips=12)
-    code, out, err = run(
-        monkeypatch, capsys, "check", "--config", str(here / "sample/karmma.toml"), "--write", "as_read.csv"
-    )
+    code, out, err = give("check", "--config", str(here / "sample/karmma.toml"), "--write", "as_read.csv")
     assert (code, out) == (0, "")
     assert "12 clips" in err
     as_read = ("check", "--table", "as_read.csv", "--media", str(here / "sample"))
-    assert run(monkeypatch, capsys, *as_read, "--write", "again.parquet")[:2] == (0, "")
+    assert give(*as_read, "--write", "again.parquet")[:2] == (0, "")
     one, two = (read_clip_table(here / name, ("verb", "noun")) for name in ("sample/clips.csv", "again.parquet"))
     assert one.content_digest() == two.content_digest()
-    code, _, err = run(monkeypatch, capsys, *as_read, "--write", "x.xlsx")
+    code, _, err = give(*as_read, "--write", "x.xlsx")
     assert code == 1
     assert "x.xlsx: a clip table ends in .csv or .parquet" in err
 
 
-def test_check_writes_only_the_clips_with_nothing_wrong_if_asked(here, monkeypatch, capsys):
+def test_check_writes_only_the_clips_with_nothing_wrong_if_asked(here, give):
     write_sample(here / "sample", n_clips=12)
     lines = (here / "sample/clips.csv").read_text().splitlines()
     (here / "sample/videos/clip_0003.mp4").unlink()
     options = ("--config", str(here / "sample/karmma.toml"), "--write", "subset.csv", "--only-good")
-    code, out, _ = run(monkeypatch, capsys, "check", *options)
+    code, out, _ = give("check", *options)
     assert code == 3
     assert "clip_0003.mp4: no such file" in out
     written = read_clip_table(here / "subset.csv", ("verb", "noun"))

@@ -1,9 +1,10 @@
 """`karmma evaluate` on evaluations that are there: what is printed, side by side, and what is refused."""
 
 import json
+from functools import partial
 
 import pytest
-from karmma import cli, cli_evaluate
+from karmma import cli_evaluate
 from karmma.cli_options import Console
 from karmma.data.clips import read_clip_table
 from karmma.data.config import digest
@@ -14,20 +15,13 @@ ROWS = ["a,a.mp4,train,lift,ball", "b,b.mp4,val,push,cup", "c,c.mp4,test,lift,cu
 
 
 @pytest.fixture
-def evaluate(tmp_path, monkeypatch, capsys):
+def evaluate(tmp_path, monkeypatch, give):
     """Run the command in a folder with a small table; return exit code, stdout and stderr."""
     (tmp_path / "t.csv").write_text("\n".join(["clip_id,video,split,verb,noun", *ROWS]) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli_evaluate, "out", Console(width=100))
 
-    def run(*args):
-        monkeypatch.setattr("sys.argv", ["karmma", "evaluate", "--table", "t.csv", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
+    return partial(give, "evaluate", "--table", "t.csv")
 
 
 @pytest.fixture

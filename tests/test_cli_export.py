@@ -1,9 +1,9 @@
 """`karmma export`: what it writes and prints, and whatever cannot be exported, in one line."""
 
 import json
+from functools import partial
 
 import pytest
-from karmma import cli
 from karmma.data.config import DataConfig
 from karmma.distill import export
 from karmma.distill.config import StudentConfig
@@ -19,18 +19,11 @@ def run(write_student_run):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys, run):
+def command(tmp_path, monkeypatch, give, run):
     """Run `karmma export` beside the folder of runs; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def give(*args):
-        monkeypatch.setattr("sys.argv", ["karmma", "export", *args])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return give
+    return partial(give, "export")
 
 
 @pytest.fixture

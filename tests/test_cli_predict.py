@@ -3,12 +3,13 @@
 import csv
 import json
 import shutil
+from functools import partial
 
 import cv2
 import karmma
 import numpy as np
 import pytest
-from karmma import cli, cli_options, cli_predict
+from karmma import cli_options, cli_predict
 from karmma.data.media import Media
 from karmma.data.sample import write_sample
 
@@ -21,7 +22,7 @@ def sample(tmp_path_factory):
 
 
 @pytest.fixture
-def predict(tmp_path, monkeypatch, capsys, student_run, sample):
+def predict(tmp_path, monkeypatch, give, student_run, sample):
     """Run the command in a folder with four films and the run; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli_predict, "out", cli_options.Console(width=200))
@@ -30,14 +31,7 @@ def predict(tmp_path, monkeypatch, capsys, student_run, sample):
     shutil.copytree(sample / "videos", tmp_path / "films")
     shutil.copytree(sample / "boxes", tmp_path / "boxes")
 
-    def run(*args):
-        monkeypatch.setattr("sys.argv", ["karmma", "predict", *args])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
+    return partial(give, "predict")
 
 
 def test_one_file_gives_a_table_of_its_likeliest_classes(predict, student_run):

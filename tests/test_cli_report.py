@@ -1,26 +1,20 @@
 """`karmma report --efficiency`: the published figures from an empty folder, and whatever else it is asked for."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from karmma import cli, cli_report
+from karmma import cli_report
 from karmma.cli_options import Console
 
 
 @pytest.fixture
-def report(tmp_path, monkeypatch, capsys):
+def report(tmp_path, monkeypatch, give):
     """Run the command in an empty folder; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli_report, "out", Console(width=200))
 
-    def run(*args):
-        monkeypatch.setattr("sys.argv", ["karmma", "report", *args])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
+    return partial(give, "report")
 
 
 @pytest.mark.slow

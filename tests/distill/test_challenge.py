@@ -9,7 +9,7 @@ import torch
 from karmma.data.errors import ConfigError, RunError
 from karmma.data.runs import RunFolder
 from karmma.distill.challenge import require_submittable, write_submission
-from karmma.distill.predictions import Predictions
+from karmma.distill.subsets import Predictions
 
 IDS = np.array(["P01_11_0", "P01_11_1", "P02_12_0"])
 

@@ -16,10 +16,10 @@ from karmma.distill.config import StudentConfig
 from karmma.distill.efficiency import count
 from karmma.distill.examples import examples
 from karmma.distill.plots import class_bars, subset_bars
-from karmma.distill.predictions import Predictions
 from karmma.distill.report import Reported, write_report
 from karmma.distill.results import Asked, ClassRow, Evaluation, SubsetRow
 from karmma.distill.scores import judge
+from karmma.distill.subsets import Predictions
 from karmma.fuse.metrics import wilson_bounds
 
 M = ("video", "audio", "detections")

@@ -10,9 +10,9 @@ from karmma.data.config import DataConfig
 from karmma.data.errors import TableError
 from karmma.data.runs import RunFolder
 from karmma.distill.groups import groups
-from karmma.distill.predictions import Predictions, averaged_over
 from karmma.distill.results import Asked, Evaluation
 from karmma.distill.scores import RATES, judge, labels_of
+from karmma.distill.subsets import Predictions, averaged_over
 
 M = ("video", "audio")
 SUBSETS = [("video", "audio"), ("video",), ("audio",)]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from karmma.data.theta import theta_average
 from karmma.distill.clip_dropout import seed_clips
-from karmma.distill.predictions import subset_logits
 from karmma.distill.stream import ClipStream
 from karmma.distill.student import build_student
+from karmma.distill.subsets import subset_logits
 from karmma.extract.backbones import BACKBONES
 from karmma.fuse.losses import cross_entropy
 from karmma.fuse.seeds import clip_seeds

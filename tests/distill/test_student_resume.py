@@ -43,32 +43,6 @@ def command(sample, data, config, tmp_path):
     ]
 
 
-@pytest.fixture
-def slowed(tmp_path):
-    """An environment in which a step takes a tenth of a second longer: one has to hit the middle of an epoch."""
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow" / "sitecustomize.py").write_text(
-        "import sys, time, importlib.abc\n"
-        "class Slow(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'karmma.distill.distillation':\n"
-        "            from karmma.fuse import training\n"
-        "            step = training.Training.step\n"
-        "            training.Training.step = lambda self, batch: (time.sleep(0.1), step(self, batch))[1]\n"
-        "sys.meta_path.insert(0, Slow())\n"
-    )
-    return os.environ | {"PYTHONPATH": f"{tmp_path / 'slow'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-
-
-def left(run):
-    """Return what a finished run has left that must not differ: weights, and records but for their times."""
-    weights = {name: (run / f"{name}.safetensors").read_bytes() for name in ("best", "last")}
-    records = RunFolder.open(run).metrics()
-    for record in records:
-        del record["clips_per_s"], record["waiting_share"]
-    return weights, records
-
-
 def readers_of(pid):
     """Return the processes that a process has started and that read clips."""
     found = subprocess.run(["pgrep", "-P", str(pid), "-f", "karmma.data.reader"], capture_output=True, text=True)
@@ -88,7 +62,9 @@ def wait_for(condition, seconds=120.0):
     return found
 
 
-def test_student_killed_in_mid_epoch_and_resumed_ends_in_the_same_bytes(table, data, config, command, slowed, tmp_path):
+def test_student_killed_in_mid_epoch_and_resumed_ends_in_the_same_bytes(
+    table, data, config, command, slowed, left, tmp_path
+):
     plain = distill_student(table, data, config).run
     asked = command(tmp_path / "killed", "--save-minutes", "0")
     state = tmp_path / "killed" / plain.name / "state.safetensors"
@@ -125,7 +101,9 @@ def test_ctrl_c_ends_training_at_once_and_leaves_no_reader(data, command, slowed
     assert not any(map(is_alive, readers))
 
 
-def test_reader_that_is_killed_is_replaced_and_the_student_is_the_same(table, data, config, command, slowed, tmp_path):
+def test_reader_that_is_killed_is_replaced_and_the_student_is_the_same(
+    table, data, config, command, slowed, left, tmp_path
+):
     plain = distill_student(table, data, config).run
     no_memory = ("--input-cache-mb", "0")
     running = subprocess.Popen(command(tmp_path / "shot", *no_memory), stderr=subprocess.PIPE, text=True, env=slowed)

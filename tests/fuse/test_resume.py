@@ -1,7 +1,6 @@
 """A training that was killed and goes on, and one on two ranks, against the one that was left alone."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -33,23 +32,14 @@ def command(made, runs, *options):
     return [*karmma, "train-teacher", "--config", str(settings), *places, *options]
 
 
-def left(run):
-    """Return what a finished run has left that must not differ: weights, and records but for their times."""
-    weights = {name: (run / f"{name}.safetensors").read_bytes() for name in ("best", "last")}
-    records = RunFolder.open(run).metrics()
-    for record in records:
-        del record["clips_per_s"], record["waiting_share"]
-    return weights, records
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("n_saves", [2, 9])  # in the first epoch of four steps, and in the third
-def test_run_killed_in_mid_epoch_and_resumed_ends_in_the_same_bytes(made, tmp_path, n_saves):
+def test_run_killed_in_mid_epoch_and_resumed_ends_in_the_same_bytes(made, tmp_path, n_saves, slowed, left):
     plain = train_teacher(made.table, made.data, CONFIG)
     runs = tmp_path / "elsewhere"
     asked = command(made, runs, "--save-minutes", "0")
     state = runs / plain.run.name / "state.safetensors"
-    running = subprocess.Popen(asked, stderr=subprocess.DEVNULL, env=slowed(tmp_path))
+    running = subprocess.Popen(asked, stderr=subprocess.DEVNULL, env=slowed)
     seen, give_up = set(), time.monotonic() + 60
     while len(seen) < n_saves:
         assert time.monotonic() < give_up
@@ -67,22 +57,6 @@ def test_run_killed_in_mid_epoch_and_resumed_ends_in_the_same_bytes(made, tmp_pa
     assert done.returncode == 0, done.stderr
     assert left(state.parent) == left(plain.run)
     assert not state.exists()
-
-
-def slowed(folder):
-    """Return an environment in which a step takes a tenth of a second: one has to hit the middle of an epoch."""
-    (folder / "slow").mkdir(exist_ok=True)
-    (folder / "slow" / "sitecustomize.py").write_text(
-        "import sys, time, importlib.abc\n"
-        "class Slow(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'karmma.fuse.teacher':\n"
-        "            from karmma.fuse import training\n"
-        "            step = training.Training.step\n"
-        "            training.Training.step = lambda self, batch: (time.sleep(0.1), step(self, batch))[1]\n"
-        "sys.meta_path.insert(0, Slow())\n"
-    )
-    return os.environ | {"PYTHONPATH": f"{folder / 'slow'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 def test_resume_without_anything_to_go_on_with_begins(made):
