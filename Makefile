@@ -5,7 +5,7 @@ WORKERS ?= 2
 # Two processes, each with whole files: most tests start processes of their own and wait for them.
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint reproduce
 
 demo: $(VENV)/installed
 	$(KARMMA) demo
@@ -15,6 +15,9 @@ test: $(VENV)/installed lint
 
 test-slow: $(VENV)/installed
 	$(PYTEST) -m slow
+
+reproduce: $(VENV)/installed
+	$(VENV)/bin/python bench/reproduce/run.py $(if $(QUICK),--quick)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,245 @@
+"""The paper's claim on real clips: runs what is not finished yet of the plan, and writes docs/reproduction.md.
+
+    python bench/reproduce/run.py [--quick] [--shared ../shared] [--folder reproduce] [--only grid] [--steps 'karmma-*']
+
+Every finished step is kept as JSON in bench/reproduce/results and not done again, so this may be stopped at any time
+and continued by the same command; trainings go on with the epoch they were in.  A step whose files are needed but gone
+is repeated, and has to end with the same accuracies.  --quick runs all of the plan at a fraction of its size, and
+writes into the folder alone.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from inputs import prepare, start_weights
+from karmma.data.config import digest
+from karmma.data.publish import publish_json, read_json
+from pages import write_pages
+from plan import FULL, QUICK, SETS, Scale, Step, named, plan
+
+HERE = Path(__file__).parent
+LANES = 2  # steps side by side, each in one thread
+# Sections of the settings that decide what a command ends with.
+READS = {
+    "extract": ("data", "extract"),
+    "sweep": ("data", "teacher"),
+    "train-teacher": ("data", "teacher"),
+    "tokens": ("data", "student"),
+    "distill": ("data", "student"),
+    "report": ("data",),
+}
+COMMAND = "import sys; from karmma.cli import main; sys.argv[0] = 'karmma'; main()"
+
+
+class Bench:
+    """The steps of one data set: which are finished, and how one is run."""
+
+    def __init__(self, name: str, scale: Scale, folder: Path, results: Path) -> None:
+        """folder: where caches and runs are, with a karmma.toml.  results: where finished steps are kept."""
+        self.name, self.scale, self.folder, self.results = name, scale, folder, results
+        self.steps = named(plan(name, scale))
+        self.settings = (HERE / f"{name}.toml").read_text()
+
+    def result(self, step: Step) -> dict[str, Any] | None:
+        """Return what a finished step is known by, None if it was not run from what the plan says now."""
+        path = self.results / f"{step.name}.json"
+        found = read_json(path) if path.exists() else None
+        return found if found and found["made_from"] == self.made_from(step) else None
+
+    def made_from(self, step: Step) -> str:
+        """Return a digest of all that a step is run from: settings, its command, and the steps it reads from."""
+        read = {section: tomllib.loads(self.settings)[section] for section in READS[step.words[0]]}
+        return digest([read, *step.words, *(self.made_from(self.steps[name]) for name in step.after)])
+
+    def pending(self, pattern: str = "*") -> list[Step]:
+        """Return the steps to run: those without a result, and those whose files such a step needs but lacks.
+
+        pattern: of the names of the former, as of files.
+        """
+        wanted: set[str] = set()
+        for step in reversed(self.steps.values()):
+            if step.name in wanted or (fnmatch(step.name, pattern) and self.result(step) is None):
+                wanted |= {step.name, *(name for name in step.after if not self.mark(self.steps[name]).exists())}
+        return [step for step in self.steps.values() if step.name in wanted]
+
+    def mark(self, step: Step) -> Path:
+        """Return the file that says: what later steps need of this one is there.
+
+        Weights to start from are kept with the results, as a gone cache would have to be made again for them.
+        """
+        return self.results / f"{step.name}{step.keeps}" if step.keeps else self.folder / "done" / self._own(step)
+
+    def _own(self, step: Step) -> str:
+        return f"{step.name}-{self.made_from(step)[:8]}"
+
+    def _run(self, step: Step) -> Path:
+        """Return the only run that a step left."""
+        return next((self.folder / "runs" / self._own(step)).iterdir())
+
+    def run(self, step: Step) -> None:
+        """Run a step and keep its result; raises SystemExit if the command fails, or ends otherwise than before."""
+        before, runs = self.result(step), f"runs/{self._own(step)}"
+        words = [self._filled(word) for word in step.words]
+        if step.words[0] in ("train-teacher", "distill", "sweep"):
+            words += ["--runs", runs]
+        is_continued = (self.folder / runs).exists()
+        if step.run and is_continued:
+            words += ["--resume"]
+        if step.name == "uncached":  # what is measured is an extraction from nothing
+            shutil.rmtree(self.folder / "uncached", ignore_errors=True)
+        found = {"step": step.name, "made_from": self.made_from(step), "command": " ".join(step.words)}
+        if is_continued:  # so that nobody takes the seconds of its last part for all of it
+            found["continued"] = True
+        found |= self._karmma(step.name, words)
+        if step.run:
+            found |= self._kept(step)
+        self._hand_on(step)
+        found |= self._about(step)
+        if before is None:
+            publish_json(self.results / f"{step.name}.json", found)
+        elif before.get("evaluation", {}).get("rows") != found.get("evaluation", {}).get("rows"):
+            raise SystemExit(f"{self.name}/{step.name}: ended with other accuracies than the result that was kept.")
+
+    def _filled(self, word: str) -> str:
+        if word.startswith("{run:"):
+            return str(self._run(self.steps[word[5:-1]]))
+        if word == "{teacher}":
+            return read_json(self._run(self.steps["teacher"]) / "result.json")["teacher"]
+        return word
+
+    def _karmma(self, name: str, words: Sequence[str]) -> dict[str, Any]:
+        """Run a command; return its seconds and the most memory it held in bytes."""
+        log = self.folder / "logs" / f"{name}.log"
+        log.parent.mkdir(exist_ok=True)
+        start = time.monotonic()
+        with open(log, "a", encoding="utf-8") as said:
+            process = subprocess.Popen(
+                [sys.executable, *_program(words)], cwd=self.folder, stdout=said, stderr=subprocess.STDOUT
+            )
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+            raise SystemExit(f"karmma {' '.join(words)}: exit code {process.returncode}: {last} (all in {log})")
+        return {"seconds": round(time.monotonic() - start, 1), "peak_bytes": used.ru_maxrss * 1024}
+
+    def _kept(self, step: Step) -> dict[str, Any]:
+        """Return a run's config, log and result, and its evaluation on test."""
+        run = self._run(step)
+        found: dict[str, Any] = {name: read_json(run / f"{name}.json") for name in ("config", "result")}
+        log = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found["log"] = [json.loads(line) for line in log]
+        if step.judged:
+            self._karmma(f"{step.name}-evaluate", ["evaluate", str(run)])
+            found["evaluation"] = read_json(run / "evaluation/test.json")
+        return found
+
+    def _about(self, step: Step) -> dict[str, Any]:
+        """Return what else is to be known of a step: how many clips or trials, or what models cost."""
+        if step.name == "extract":
+            return {"clips": Counter(row["split"] for row in _table(self._clips))}
+        if step.name == "uncached":
+            return {"clips": len(_table(self.folder / "uncached.csv"))}
+        if step.name == "sweep":
+            epochs = self.scale.epochs or tomllib.loads(self.settings)["teacher"]["epochs"]
+            return {"trials": self.scale.n_trials, "epochs": epochs}
+        if step.name == "efficiency":
+            return {"models": read_json(self.folder / "efficiency/efficiency.json")}
+        return {}
+
+    @property
+    def _clips(self) -> Path:
+        return self.folder / ("clips.csv" if self.name == "grid" else "sample/clips.csv")
+
+    def _hand_on(self, step: Step) -> None:
+        """Put what later steps need where they look for it, and say that it is there."""
+        if step.name == "sweep":
+            shutil.copy(self._run(step) / "best.toml", self.folder)
+        if step.keeps:
+            start_weights(self._run(step), self.mark(step))
+        self.mark(step).parent.mkdir(exist_ok=True)
+        self.mark(step).touch()
+
+
+def _program(words: Sequence[str]) -> list[str]:
+    return [str(HERE / "tokens.py"), *words[1:]] if words[0] == "tokens" else ["-c", COMMAND, *words]
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def run_all(waiting: list[tuple[Bench, Step]]) -> None:
+    """Run steps as soon as those before them are through, so many side by side as there are lanes."""
+    n_all, running, start = len(waiting), {}, time.monotonic()
+    with ThreadPoolExecutor(LANES) as pool:
+        while waiting or running:
+            for bench, step in list(waiting):
+                busy = sum(LANES if other.alone else 1 for _, other in running.values())
+                if _blocked(bench, step, [*waiting, *running.values()]):
+                    continue
+                if busy + (LANES if step.alone else 1) > LANES:
+                    break
+                waiting.remove((bench, step))
+                running[pool.submit(bench.run, step)] = (bench, step)
+                print(f"{_clock()} {bench.name}/{step.name} begins", flush=True)
+            over, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in over:
+                bench, step = running.pop(future)
+                if future.exception():  # said at once: the step beside it is waited for, it may take long
+                    print(f"{_clock()} {bench.name}/{step.name} failed", flush=True)
+                future.result()
+                n_done = n_all - len(waiting) - len(running)
+                left = (time.monotonic() - start) / n_done * (n_all - n_done) / 3600
+                said = f"{n_done} of {n_all}, about {left:.1f} h left if the others are like these"
+                print(f"{_clock()} {bench.name}/{step.name} is through, {said}", flush=True)
+
+
+def _blocked(bench: Bench, step: Step, unfinished: Sequence[tuple[Bench, Step]]) -> bool:
+    return any(bench is other and before.name in step.after for other, before in unfinished)
+
+
+def _clock() -> str:
+    return time.strftime("%H:%M:%S")
+
+
+def main() -> None:
+    """Prepare the inputs, run what is pending, write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="all of it, small: half an hour")
+    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("KARMMA_SHARED", "../shared")))
+    parser.add_argument("--folder", type=Path, help="where caches and runs are (default: reproduce)")
+    parser.add_argument("--only", choices=SETS, action="append", help="one data set of the two")
+    parser.add_argument("--steps", default="*", help="those of this name alone, such as 'karmma-*'")
+    asked = parser.parse_args()
+    scale = QUICK if asked.quick else FULL
+    folder = (asked.folder or Path("reproduce-quick" if asked.quick else "reproduce")).resolve()
+    results = folder / "results" if asked.quick else HERE / "results"
+    benches = [Bench(name, scale, folder / name, results / name) for name in asked.only or SETS]
+    for bench in benches:
+        prepare(bench.name, bench.settings, bench.folder, asked.shared.resolve(), bench.results, scale)
+    try:
+        run_all([(bench, step) for bench in benches for step in bench.pending(asked.steps)])
+    except KeyboardInterrupt:
+        sys.exit("Stopped. What is finished is kept; the same command goes on.")
+    write_pages(results, folder if asked.quick else HERE.parents[1] / "docs")
+
+
+if __name__ == "__main__":
+    main()
