@@ -14,7 +14,7 @@ import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is loaded
 
-SHAPE, BATCH = (8, 3, 84, 84), 16
+SHAPE, BATCH, WARM_UP = (8, 3, 84, 84), 16, 3
 
 
 def steps(n_steps: int, is_kept: bool) -> float:
@@ -30,8 +30,9 @@ def steps(n_steps: int, is_kept: bool) -> float:
     backbone = build_backbone("swin3d_micro_p14", "flow", SHAPE)
     optimizer = torch.optim.AdamW(backbone.parameters())
     clips = torch.rand(BATCH, *SHAPE) * 255
-    for step in range(n_steps + 3):
-        start = time.perf_counter() if step == 3 else start if step else 0.0
+    for step in range(n_steps + WARM_UP):
+        if step == WARM_UP:
+            start = time.perf_counter()
         optimizer.zero_grad()
         backbone(clips + 0).square().mean().backward()  # a batch is new memory each time
         optimizer.step()
