@@ -53,8 +53,7 @@ def drawings(found: Results) -> dict[str, str]:
     drawn: dict[str, str] = {}
     columns = main_columns(found)
     if columns:
-        majority = evaluations(found, [step for step in found if step.startswith("baseline")])[0].majority[ACTION]
-        drawn |= {"rates": rate_curves(columns), "subsets": subset_bars(columns, majority)}
+        drawn |= {"rates": rate_curves(columns), "subsets": subset_bars(columns, chance(found))}
     if "efficiency" in found:
         drawn["efficiency"] = efficiency_bars(costs(found))
     thetas = theta_rows(found)
@@ -85,6 +84,11 @@ def main_columns(found: Results) -> list[Column]:
     return compare(evaluations(found, steps)) if steps else []
 
 
+def chance(found: Results) -> float:
+    """Return the accuracy of always naming the commonest action of the test split."""
+    return next(kept["evaluation"]["majority"][ACTION] for kept in found.values() if "evaluation" in kept)
+
+
 def costs(found: Results) -> list[Efficiency]:
     """Return what teacher and student cost."""
     models = [
@@ -101,10 +105,10 @@ def _subsets(found: Results) -> str:
     if not columns:
         return ""
     (teacher,) = compare(evaluations(found, ["teacher"])) if "teacher" in found else (None,)
-    majority = evaluations(found, [step for step in found if step.startswith("baseline")])[0].majority[ACTION]
     rows = [_row(column) for column in columns] + ([_row(teacher)] if teacher else [])
-    chance = ["commonest action", "", *(f"{100 * majority:.1f}" for _ in columns[0].mean), f"{100 * majority:.1f}", ""]
-    return table(["", "runs", *columns[0].mean, "mean", "average rank"], [*rows, chance])
+    commonest = [percent(chance(found))] * (len(columns[0].mean) + 1)
+    rows += [["commonest action", "", *commonest, ""]]
+    return table(["", "runs", *columns[0].mean, "mean", "average rank"], rows)
 
 
 def _row(column: Column) -> list[str]:
