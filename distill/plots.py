@@ -15,18 +15,42 @@ WIDTH = 5.4  # inches: letters stay large enough on a phone
 
 def subset_bars(evaluations: Sequence[Evaluation]) -> str:
     """Draw action accuracy by subset, runs side by side, with 95 percent bounds and the commonest action as a line."""
+    bars = {
+        each.run: {
+            row.subset: (row.accuracy[ACTION], row.low[ACTION], row.high[ACTION])
+            for row in each.of("all")
+            if row.accuracy[ACTION] is not None
+        }
+        for each in evaluations
+    }
     names = list(dict.fromkeys(row.subset for each in evaluations for row in each.of("all")))
+    return _bars(names, bars, evaluations[0].majority[ACTION] or 0)
+
+
+def column_bars(columns: Sequence[Column], majority: float) -> str:
+    """Draw action accuracy by subset, models side by side, with deviations over runs.
+
+    majority: accuracy of always naming the commonest action, drawn as a line.
+    """
+    bars = {}
+    for column in columns:
+        found = {name: (column.mean[name][ACTION], column.std[name][ACTION] or 0) for name in column.mean}
+        bars[column.label] = {name: (mean, mean - std, mean + std) for name, (mean, std) in found.items()}
+    return _bars(list(columns[0].mean), bars, majority)
+
+
+def _bars(names: Sequence[str], bars: Mapping[str, Mapping[str, tuple[float, ...]]], majority: float) -> str:
+    """Draw bars by subset; bars: label -> subset -> accuracy, and the lower and upper end of its whisker, 0..1."""
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    axes, width = figure.subplots(), 0.8 / len(evaluations)
-    for at, each in enumerate(evaluations):
-        rows = [row for row in each.of("all") if row.accuracy[ACTION] is not None]
-        values = [100 * row.accuracy[ACTION] for row in rows]
-        below = [max(value - 100 * row.low[ACTION], 0) for value, row in zip(values, rows, strict=True)]
-        above = [max(100 * row.high[ACTION] - value, 0) for value, row in zip(values, rows, strict=True)]
-        places = [names.index(row.subset) + (at - (len(evaluations) - 1) / 2) * width for row in rows]
+    axes, width = figure.subplots(), 0.8 / len(bars)
+    for at, (label, found) in enumerate(bars.items()):
+        values = [100 * value for value, _, _ in found.values()]
+        below = [max(value - 100 * low, 0) for value, (_, low, _) in zip(values, found.values(), strict=True)]
+        above = [max(100 * high - value, 0) for value, (_, _, high) in zip(values, found.values(), strict=True)]
+        places = [names.index(name) + (at - (len(bars) - 1) / 2) * width for name in found]
         thin = {"capsize": 2, "error_kw": {"linewidth": 0.8}}
-        axes.bar(places, values, width, yerr=[below, above], label=as_text(each.run), **thin)
-    axes.axhline(100 * (evaluations[0].majority[ACTION] or 0), color="#b33", linewidth=1, label="commonest action")
+        axes.bar(places, values, width, yerr=[below, above], label=as_text(label), **thin)
+    axes.axhline(100 * majority, color="#b33", linewidth=1, label="commonest action")
     axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 7 else 0)
     axes.set_ylabel("action accuracy (%)")
     _legend(figure, axes)

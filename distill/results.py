@@ -114,11 +114,16 @@ class Evaluation:
         found: dict[str, Any] = read_json(path) if path.exists() else {}
         if found.get("made_from") != made_from or draws not in (None, found.get("draws")):
             return None
-        kinds = {"rows": SubsetRow, "rates": RateRow, "classes": ClassRow}
         try:
-            return cls(**found | {name: tuple(kind(**row) for row in found[name]) for name, kind in kinds.items()})
+            return cls.parsed(found)
         except (KeyError, TypeError):  # of another version
             return None
+
+    @classmethod
+    def parsed(cls, found: Mapping[str, Any]) -> Self:
+        """Return what was read from JSON; raises KeyError or TypeError if it is of another version."""
+        kinds = {"rows": SubsetRow, "rates": RateRow, "classes": ClassRow}
+        return cls(**{**found, **{name: tuple(kind(**row) for row in found[name]) for name, kind in kinds.items()}})
 
     def write(self, stem: Path, confusion: Mapping[str, Sequence[Sequence[int]]]) -> None:
         """Write `<stem>.csv`, `-rates.csv`, `-classes.csv`, `-confusion-<head>.csv` and, last, `<stem>.json`.

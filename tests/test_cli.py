@@ -138,10 +138,10 @@ import torch
 from karmma import cli
 if "keep" in sys.argv:
     cli.keep_freed_memory()
-for turn in range(11):
-    first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt if turn == 1 else first if turn else 0
-    block = torch.ones(2**24)
-    del block
+torch.ones(2**24)  # what is given back, or kept
+first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
 """
 

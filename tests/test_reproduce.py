@@ -93,7 +93,7 @@ def test_changed_settings_make_only_what_they_decide_pending(grid):
     assert not names & {"extract", "sweep", "teacher", "theta-48", "uncached"}
 
 
-def column(bench, label, mean, *rates):
+def column(label, mean, *rates):
     """A model whose accuracy is `mean` in every subset, and `rates` at 0, 30 and 90 percent missing."""
     accuracy = {subset: {"action": mean} for subset in ("V+A", "V", "A")}
     return label, Column(
@@ -111,9 +111,9 @@ def column(bench, label, mean, *rates):
 )
 def test_claims_hold_or_fail_by_the_numbers(bench, student, expected):
     columns = dict([
-        column(bench, "KARMMA_S", *student),
-        column(bench, "Baseline w/ delta", 0.5, 0.85, 0.7, 0.5),
-        column(bench, "Baseline", 0.4, 0.9, 0.6, 0.3),
+        column("KARMMA_S", *student),
+        column("Baseline w/ delta", 0.5, 0.85, 0.7, 0.5),
+        column("Baseline", 0.4, 0.9, 0.6, 0.3),
     ])  # fmt: skip
     rows = bench["claims"].claims(columns, [])
     assert [row[2] for row in rows] == expected
@@ -124,7 +124,7 @@ def test_more_than_half_of_the_teachers_gflops_fails(bench):
         rows = tuple(Cost(subset, 1, value, value) for subset, value in zip(("V+A", "V"), gflops, strict=True))
         return Efficiency(name, 1, 0, None, "ignore", (), {}, rows, {})
 
-    columns = dict(column(bench, label, 0.5, 0.9, 0.8, 0.7) for label in ("KARMMA_S", "Baseline w/ delta", "Baseline"))
+    columns = dict(column(label, 0.5, 0.9, 0.8, 0.7) for label in ("KARMMA_S", "Baseline w/ delta", "Baseline"))
     said = [bench["claims"].claims(columns, [model("t", 10, 6), model("s", 5, part)])[-1] for part in (3, 3.1)]
     assert [row[2] for row in said] == ["holds", "**fails**"]
     assert "51.7 % (V)" in said[1][1]

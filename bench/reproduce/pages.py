@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from claims import claims
-from drawings import subset_bars, theta_curve
+from drawings import theta_curve
 from karmma.data.publish import publish, read_json
 from karmma.distill.compare import Column, compare
 from karmma.distill.efficiency import Cost, Efficiency
 from karmma.distill.efficiency_report import efficiency_bars
-from karmma.distill.plots import rate_curves
-from karmma.distill.results import ACTION, Evaluation, RateRow, SubsetRow
+from karmma.distill.plots import column_bars, rate_curves
+from karmma.distill.results import ACTION, Evaluation
 from plan import SETS, STRATEGIES, VARIANTS
 
 Results = Mapping[str, dict[str, Any]]  # step -> what was kept of it
@@ -53,7 +53,7 @@ def drawings(found: Results) -> dict[str, str]:
     drawn: dict[str, str] = {}
     columns = main_columns(found)
     if columns:
-        drawn |= {"rates": rate_curves(columns), "subsets": subset_bars(columns, chance(found))}
+        drawn |= {"rates": rate_curves(columns), "subsets": column_bars(columns, chance(found))}
     if "efficiency" in found:
         drawn["efficiency"] = efficiency_bars(costs(found))
     thetas = theta_rows(found)
@@ -71,11 +71,7 @@ def _tried(make: Callable[[Results], str], found: Results) -> str:
 
 def evaluations(found: Results, steps: Sequence[str]) -> list[Evaluation]:
     """Return the evaluations on test of some steps."""
-    kinds = {"rows": SubsetRow, "rates": RateRow}
-    return [
-        Evaluation(**kept | {name: tuple(kind(**row) for row in kept[name]) for name, kind in kinds.items()})
-        for kept in (found[step]["evaluation"] for step in steps)
-    ]
+    return [Evaluation.parsed(found[step]["evaluation"]) for step in steps]
 
 
 def main_columns(found: Results) -> list[Column]:

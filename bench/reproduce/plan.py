@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-SETS = ("grid", "sample")
+# Epochs of a teacher and of a student, by data set.
+EPOCHS = {"grid": (8, 20), "sample": (25, 40)}
+SETS = tuple(EPOCHS)
 VARIANTS = ("baseline", "dropout", "delta", "karmma")
 STRATEGIES = ("B.1", "B.2", "B.3", "B.4")  # 'dropout' ignores what is missing, 'delta' is B.5
 MODALITIES = ("video", "flow", "audio")
@@ -36,21 +38,27 @@ class Step:
     """A command, and what it reads of others.
 
     words: of `karmma`, or `tokens` and what tokens.py takes; {run:x} is the run that step x left, {teacher} the
-    digest of the teacher.  after: steps it reads from.  run: whether it leaves one.  judged: whether that is evaluated
-    on test.  alone: whether it takes all cores.
+    digest of the teacher.  after: steps it reads from.
     """
 
     name: str
     words: tuple[str, ...]
     after: tuple[str, ...] = ()
-    run: bool = True
-    judged: bool = True
-    alone: bool = False
 
     @property
-    def keeps(self) -> str | None:
-        """Return the suffix of what is kept beside the result: weights that students start from."""
-        return ".safetensors" if self.name.startswith("start-") else None
+    def trains(self) -> bool:
+        """Say whether it leaves a run, which is then evaluated on test."""
+        return self.words[0] in ("train-teacher", "distill")
+
+    @property
+    def alone(self) -> bool:
+        """Say whether it takes all cores."""
+        return self.words[0] in ("extract", "sweep", "report")
+
+    @property
+    def starts(self) -> bool:
+        """Say whether its backbone is kept, as weights that students start from."""
+        return self.name.startswith("start-")
 
 
 def plan(name: str, scale: Scale) -> tuple[Step, ...]:
@@ -61,12 +69,12 @@ def plan(name: str, scale: Scale) -> tuple[Step, ...]:
 
 def _starts(name: str, epochs: tuple[str, ...]) -> Iterator[Step]:
     """Yield the extraction, and the steps to the weights that every student's backbones start from."""
-    yield Step("extract", ("extract",), run=False, judged=False, alone=True)
+    yield Step("extract", ("extract",))
     for modality in MODALITIES:
         first, after = "none", ()
         if (name, modality) == ("grid", "video"):  # labels alone teach it nothing, not even the training clips
             words = ("tokens", modality, FROM_TOKENS, *epochs[1:])
-            yield Step("tokens-video", words, ("extract",), run=False, judged=False)
+            yield Step("tokens-video", words, ("extract",))
             first, after = FROM_TOKENS, ("tokens-video",)
         words = ("distill", "--teacher", "none", "--modality", modality)
         yield Step(f"start-{modality}", (*words, "--set", f"student.{modality}.weights={first}", *epochs), after)
@@ -75,14 +83,14 @@ def _starts(name: str, epochs: tuple[str, ...]) -> Iterator[Step]:
 def _teachers(scale: Scale, epochs: tuple[str, ...]) -> Iterator[Step]:
     space = ("max_lr=3e-4..3e-3,log", "alpha=0.5,0.7,0.9", "attention_dropout=0.1,0.3")
     trials = ("--sampler", "random", "--pruner", "none", "--trials", str(scale.n_trials), "--workers", "2")
-    yield Step("sweep", ("sweep", *space, *trials, *epochs), ("extract",), run=False, judged=False, alone=True)
+    yield Step("sweep", ("sweep", *space, *trials, *epochs), ("extract",))
     yield Step("teacher", ("train-teacher", "--config", "best.toml"), ("sweep",))
     for theta in scale.thetas:  # of V and A, as in Tab. 4
         words = ("train-teacher", "--modality", "video", "--modality", "audio", "--theta", theta, *epochs)
         yield Step(f"theta-{theta}", words, ("extract",))
     # What each epoch of a teacher would take without a cache.
     uncached = ("extract", "--table", "uncached.csv", "--cache", "uncached", "--views", "1")
-    yield Step("uncached", uncached, run=False, judged=False, alone=True)
+    yield Step("uncached", uncached)
 
 
 def _students(scale: Scale, epochs: tuple[str, ...]) -> Iterator[Step]:
@@ -93,7 +101,7 @@ def _students(scale: Scale, epochs: tuple[str, ...]) -> Iterator[Step]:
     first = f"karmma-{scale.seeds[0]}"
     thetas = tuple(word for theta in scale.thetas for word in ("--theta", theta))
     words = ("report", "--efficiency", "{run:teacher}", f"{{run:{first}}}", *thetas, "--into", "efficiency")
-    yield Step("efficiency", words, ("teacher", first), run=False, judged=False, alone=True)
+    yield Step("efficiency", words, ("teacher", first))
     for seed in scale.seeds:
         for variant in VARIANTS[:-1]:
             yield Step(f"{variant}-{seed}", ("distill", "--variant", variant, "--seed", str(seed), *epochs), starts)

@@ -9,8 +9,6 @@ writes into the folder alone.
 """
 
 import argparse
-import csv
-import json
 import os
 import shutil
 import subprocess
@@ -27,10 +25,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from inputs import prepare, start_weights
+from karmma.data.annotations import ClipTable
+from karmma.data.clips import read_clip_table
 from karmma.data.config import digest
 from karmma.data.publish import publish_json, read_json
+from karmma.data.runs import RunFolder
 from pages import write_pages
-from plan import FULL, QUICK, SETS, Scale, Step, named, plan
+from plan import EPOCHS, FULL, QUICK, SETS, Scale, Step, named, plan
 
 HERE = Path(__file__).parent
 LANES = 2  # steps side by side, each in one thread
@@ -53,7 +54,10 @@ class Bench:
         """folder: where caches and runs are, with a karmma.toml.  results: where finished steps are kept."""
         self.name, self.scale, self.folder, self.results = name, scale, folder, results
         self.steps = named(plan(name, scale))
-        self.settings = (HERE / f"{name}.toml").read_text()
+        models = (HERE / "models.toml").read_text()
+        for what, epochs in zip(("TEACHER_EPOCHS", "STUDENT_EPOCHS"), EPOCHS[name], strict=True):
+            models = models.replace(what, str(epochs))
+        self.settings = (HERE / f"{name}.toml").read_text() + models
 
     def result(self, step: Step) -> dict[str, Any] | None:
         """Return what a finished step is known by, None if it was not run from what the plan says now."""
@@ -82,7 +86,7 @@ class Bench:
 
         Weights to start from are kept with the results, as a gone cache would have to be made again for them.
         """
-        return self.results / f"{step.name}{step.keeps}" if step.keeps else self.folder / "done" / self._own(step)
+        return self.results / f"{step.name}.safetensors" if step.starts else self.folder / "done" / self._own(step)
 
     def _own(self, step: Step) -> str:
         return f"{step.name}-{self.made_from(step)[:8]}"
@@ -95,10 +99,10 @@ class Bench:
         """Run a step and keep its result; raises SystemExit if the command fails, or ends otherwise than before."""
         before, runs = self.result(step), f"runs/{self._own(step)}"
         words = [self._filled(word) for word in step.words]
-        if step.words[0] in ("train-teacher", "distill", "sweep"):
+        if step.trains or step.name == "sweep":
             words += ["--runs", runs]
         is_continued = (self.folder / runs).exists()
-        if step.run and is_continued:
+        if step.trains and is_continued:
             words += ["--resume"]
         if step.name == "uncached":  # what is measured is an extraction from nothing
             shutil.rmtree(self.folder / "uncached", ignore_errors=True)
@@ -106,7 +110,7 @@ class Bench:
         if is_continued:  # so that nobody takes the seconds of its last part for all of it
             found["continued"] = True
         found |= self._karmma(step.name, words)
-        if step.run:
+        if step.trains:
             found |= self._kept(step)
         self._hand_on(step)
         found |= self._about(step)
@@ -140,37 +144,32 @@ class Bench:
 
     def _kept(self, step: Step) -> dict[str, Any]:
         """Return a run's config, log and result, and its evaluation on test."""
-        run = self._run(step)
-        found: dict[str, Any] = {name: read_json(run / f"{name}.json") for name in ("config", "result")}
-        log = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        found["log"] = [json.loads(line) for line in log]
-        if step.judged:
-            self._karmma(f"{step.name}-evaluate", ["evaluate", str(run)])
-            found["evaluation"] = read_json(run / "evaluation/test.json")
-        return found
+        run = RunFolder.open(self._run(step))
+        self._karmma(f"{step.name}-evaluate", ["evaluate", str(run.path)])
+        evaluation = read_json(run.path / "evaluation/test.json")
+        return {"config": run.config, "result": run.result, "log": run.metrics(), "evaluation": evaluation}
 
     def _about(self, step: Step) -> dict[str, Any]:
         """Return what else is to be known of a step: how many clips or trials, or what models cost."""
         if step.name == "extract":
-            return {"clips": Counter(row["split"] for row in _table(self._clips))}
+            return {"clips": Counter(self._table(tomllib.loads(self.settings)["data"]["table"]).split.tolist())}
         if step.name == "uncached":
-            return {"clips": len(_table(self.folder / "uncached.csv"))}
+            return {"clips": self._table("uncached.csv").n_clips}
         if step.name == "sweep":
-            epochs = self.scale.epochs or tomllib.loads(self.settings)["teacher"]["epochs"]
-            return {"trials": self.scale.n_trials, "epochs": epochs}
+            return {"trials": self.scale.n_trials, "epochs": self.scale.epochs or EPOCHS[self.name][0]}
         if step.name == "efficiency":
             return {"models": read_json(self.folder / "efficiency/efficiency.json")}
         return {}
 
-    @property
-    def _clips(self) -> Path:
-        return self.folder / ("clips.csv" if self.name == "grid" else "sample/clips.csv")
+    def _table(self, name: str) -> ClipTable:
+        data = tomllib.loads(self.settings)["data"]
+        return read_clip_table(self.folder / name, tuple(data["heads"]))
 
     def _hand_on(self, step: Step) -> None:
         """Put what later steps need where they look for it, and say that it is there."""
         if step.name == "sweep":
             shutil.copy(self._run(step) / "best.toml", self.folder)
-        if step.keeps:
+        if step.starts:
             start_weights(self._run(step), self.mark(step))
         self.mark(step).parent.mkdir(exist_ok=True)
         self.mark(step).touch()
@@ -178,11 +177,6 @@ class Bench:
 
 def _program(words: Sequence[str]) -> list[str]:
     return [str(HERE / "tokens.py"), *words[1:]] if words[0] == "tokens" else ["-c", COMMAND, *words]
-
-
-def _table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def run_all(waiting: list[tuple[Bench, Step]]) -> None:

@@ -7,6 +7,7 @@ The frozen backbone's tokens, [8 x 6 x 6], of training clips are averaged over b
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +17,23 @@ from karmma.data.batches import plan_epoch
 from karmma.data.cache import Cache
 from karmma.data.progress import watched
 from karmma.data.selection import select_stores
-from karmma.distill.stream import ClipStream
-from karmma.extract.backbones import build_backbone
+from karmma.data.stores import TokenStore
+from karmma.distill.stream import ClipBatch, ClipStream
+from karmma.extract.backbones import Backbone, build_backbone
 from karmma.fuse.schedule import learning_rate
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import avg_pool3d, mse_loss
 
-GRID, BLOCK, BATCH, VIEWS = (8, 6, 6), 2, 32, 2
+GRID, BLOCK, BATCH = (8, 6, 6), 2, 32
+MAX_LR, WARMUP_EPOCHS = 1e-3, 1
 
 
-def targets(cache: Cache, store, clip_ids: list[str], n: int) -> torch.Tensor:
-    """Return tokens [VIEWS, n, 36, D] as float16, averaged over blocks and standardised at each place."""
-    found = torch.empty(VIEWS, n, np.prod(GRID) // BLOCK**3, store.width, dtype=torch.float16)
-    rows = cache.rows(clip_ids)
-    for view in range(VIEWS):
+def targets(cache: Cache, store: TokenStore, clip_ids: list[str], n_views: int) -> torch.Tensor:
+    """Return tokens [V, n, 36, D] as float16, averaged over blocks and standardised at each place."""
+    rows, n = cache.rows(clip_ids), len(clip_ids)
+    found = torch.empty(n_views, n, np.prod(GRID) // BLOCK**3, store.width, dtype=torch.float16)
+    for view in range(n_views):
         for part in np.array_split(np.arange(n), max(1, n // 64)):
             tokens = torch.from_numpy(store.read(rows[part], view)).float()  # [b, 288, D]
             volume = tokens.transpose(1, 2).unflatten(2, GRID)
@@ -39,6 +42,33 @@ def targets(cache: Cache, store, clip_ids: list[str], n: int) -> torch.Tensor:
         here = found[:, :, place].float()
         found[:, :, place] = ((here - here.mean((0, 1))) / here.std((0, 1)).clamp_min(1e-3)).half()
     return found
+
+
+def batches(stream: ClipStream, rows: np.ndarray, epochs: int, n_views: int) -> Iterator[ClipBatch]:
+    """Yield the batches of all epochs, in view epoch mod V."""
+    for epoch in range(epochs):
+        order = plan_epoch(rows, BATCH, 0, epoch)
+        yield from stream.batches([(part, np.ones((len(part), 1), bool)) for part in order], epoch % n_views)
+
+
+def learn(
+    backbone: Backbone, stream: ClipStream, wanted: torch.Tensor, rows: np.ndarray, epochs: int, weight_decay: float
+) -> None:
+    """Train a backbone on wanted [V, n, 36, D], the tokens of the clips of these rows."""
+    head = nn.Linear(backbone.width, wanted.shape[-1])
+    optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=MAX_LR, weight_decay=weight_decay)
+    n_steps, place = -(-len(rows) // BATCH), {row: at for at, row in enumerate(rows.tolist())}
+    with watched("tokens", epochs * len(rows), "clips") as progress:
+        for step, batch in enumerate(batches(stream, rows, epochs, len(wanted))):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, n_steps, max_lr=MAX_LR, warmup_epochs=WARMUP_EPOCHS, epochs=epochs)
+            target = wanted[batch.view, [place[row] for row in batch.rows.tolist()]].float()
+            (inputs,) = batch.inputs.values()
+            loss = mse_loss(head(backbone(inputs)), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            progress.advance(len(batch.rows), f"{loss.item():.3f} of the variance of the tokens is left")
 
 
 def main() -> None:
@@ -51,35 +81,11 @@ def main() -> None:
     torch.manual_seed(0)
     cache = Cache.open(settings.data.cache)
     data = settings.data.model_copy(update={"modalities": (modality,)})
-    store = select_stores(cache, table, data, {}).stores[modality]
-    rows = table.rows("train")
-    wanted = targets(cache, store, table.clip_ids[rows].tolist(), len(rows))
-    place = {row: at for at, row in enumerate(rows.tolist())}
+    store, rows = select_stores(cache, table, data, {}).stores[modality], table.rows("train")
+    wanted = targets(cache, store, table.clip_ids[rows].tolist(), config.views)
     backbone = build_backbone(getattr(config, modality).name, modality, data.input_shape(modality))
-    head = nn.Linear(backbone.width, store.width)
-    parameters = [*backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=config.weight_decay)
-    n_steps = -(-len(rows) // BATCH)
     with ClipStream(table, data, (modality,), readers=1, cache_mb=4096) as stream:
-        for epoch in range(epochs):
-            order = plan_epoch(rows, BATCH, 0, epoch)
-            total, view = 0.0, epoch % VIEWS
-            every = [(part, np.ones((len(part), 1), bool)) for part in order]
-            with watched(f"tokens, epoch {epoch}", len(rows), "clips") as progress:
-                for at, batch in enumerate(stream.batches(every, view)):
-                    rate = learning_rate(
-                        epoch * n_steps + at, n_steps, max_lr=1e-3, min_lr=1e-5, warmup_epochs=1, epochs=epochs
-                    )
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
-                    target = wanted[view, [place[row] for row in batch.rows.tolist()]].float()
-                    loss = mse_loss(head(backbone(batch.inputs[modality])), target)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    total += loss.item() * len(batch.rows)
-                    progress.advance(len(batch.rows))
-            print(f"epoch {epoch}: {total / len(rows):.4f} of the variance of the tokens is left", flush=True)
+        learn(backbone, stream, wanted, rows, epochs, config.weight_decay)
     save_file(backbone.state_dict(), path)
 
 
