@@ -10,7 +10,7 @@ from torch import nn
 
 VIDEO, SOUND, BOXES = (32, 3, 224, 224), (32, 128, 224), (32, 8, 6)
 SMALL = {"video": (8, 3, 48, 48), "flow": (8, 3, 48, 48), "audio": (8, 48, 48), "detections": (8, 8, 6)}
-MICRO = [(name, modality) for name in BACKBONES if name.endswith("micro") for modality in BACKBONES[name].modalities]
+MICRO = [(name, modality) for name in BACKBONES if "micro" in name for modality in BACKBONES[name].modalities]
 # name, modality, shape -> parameters, tokens, width; the first three numbers are the published ones.
 FULL = [
     ("swin3d_t", "video", VIDEO, 27_850_470, 784, 768),
