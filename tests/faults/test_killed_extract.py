@@ -1,0 +1,153 @@
+"""`karmma extract` killed at any instant, and side by side with others: the bytes of one clean run, nothing twice."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import time
+
+import pytest
+from karmma.data.cache import Cache
+from karmma.data.verify import verify
+
+N_CLIPS = 15
+GIVE_NOTHING_BACK = """
+from karmma.data.leases import Leases
+give_back = Leases.give_back
+def killed(self, name):
+    os.kill(os.getpid(), 9) if name != "planner" else give_back(self, name)
+Leases.give_back = killed
+"""
+
+
+@pytest.fixture
+def cache(files_of, tmp_path):
+    """What lies in the cache of this test."""
+    return files_of(tmp_path / "cache")
+
+
+@pytest.fixture
+def extracted(files_of, clean):
+    """What lies in the cache that nobody disturbed."""
+    return files_of(clean)
+
+
+def leases_of(receipts):
+    """Return the leases under which shards with these receipts were made."""
+    return {f"{path.parts[-4]}/{path.parts[-3]}/view0-{path.stem}" for path in receipts}
+
+
+def leases_in(rows):
+    return {row.split()[0] for row in rows}
+
+
+def require_kept(cache, kept, *rows):
+    """Require that shards with receipts are as they were, and that none of them was among the rows that were made."""
+    assert {path: about for path, about in cache.receipts.items() if path in kept} == kept
+    assert not leases_of(kept) & leases_in(row for made in rows for row in made)
+
+
+def require_same(cache, extracted):
+    assert cache.tokens == extracted.tokens
+    assert Cache(cache.cache).clip_ids == Cache(extracted.cache).clip_ids
+    assert cache.left_over == []
+
+
+def survive(start, extracted, cache, waits, n_processes=1):
+    """Start the command again and again, kill it as each of `waits` ends, and let the last one finish."""
+    for n, wait in enumerate(waits):
+        if len(cache.receipts) == len(extracted.receipts):  # else the rest would be killed for nothing
+            cache.drop_receipts(9, seed=n)
+        kept = cache.receipts
+        running = [start(f"run{n}-{at}", "extract") for at in range(n_processes)]
+        wait(running[0])
+        for one in running:
+            one.kill(alone=n % 2 == 1)
+        require_kept(cache, kept, *(one.made for one in running))
+        cache.require_sound()
+    kept = cache.receipts
+    last = start("last", "extract").succeeded()
+    require_kept(cache, kept, last.made)
+    cache.require_sound()
+    require_same(cache, extracted)
+
+
+def test_killed_at_three_instants_and_run_again_gives_the_bytes_of_one_clean_run(start, extracted, cache):
+    draw = random.Random(4)
+
+    def wait_for(n_receipts):
+        def wait(running):
+            running.until(lambda: len(cache.receipts) >= n_receipts)
+            time.sleep(draw.uniform(0, 0.1))
+
+        return wait
+
+    survive(start, extracted, cache, [wait_for(0), wait_for(1), wait_for(6)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_processes", "longest_s"), [(1, 4), (4, 8)])
+def test_killed_at_thirty_random_instants_gives_the_bytes_of_one_clean_run(
+    start, extracted, cache, n_processes, longest_s
+):
+    draw = random.Random(n_processes)
+
+    def wait(running):
+        end = time.monotonic() + draw.uniform(0, longest_s)
+        running.until(lambda: time.monotonic() > end)
+
+    survive(start, extracted, cache, [wait] * 30, n_processes)
+
+
+def test_lease_of_a_process_killed_after_the_last_receipt_does_not_stay(start, clean, extracted, cache):
+    shutil.copytree(clean, cache.cache)
+    sorted(cache.receipts)[-1].unlink()
+    assert start("killed", "extract", before=GIVE_NOTHING_BACK).ended()[0] == -signal.SIGKILL
+    assert len(cache.receipts) == len(extracted.receipts)
+    assert cache.left_over != []
+    assert "Nothing to do" in start("again", "extract").succeeded().said
+    assert cache.left_over == []
+
+
+def test_two_processes_at_once_make_every_row_once_and_the_bytes_of_one(start, extracted, cache):
+    first = start("first", "extract")
+    first.until(lambda: first.made)
+    os.kill(first.pid, signal.SIGSTOP)  # until the second one is at work too
+    second = start("second", "extract")
+    second.until(lambda: second.made)
+    os.kill(first.pid, signal.SIGCONT)
+    made = [running.succeeded().made for running in (first, second)]
+    assert len(sum(made, [])) == len({*made[0], *made[1]}) == 2 * N_CLIPS
+    require_same(cache, extracted)
+    counts = [int(re.search(r"Extracted (\d+)", running.said)[1]) for running in (first, second)]
+    assert counts == [*map(len, made)]
+
+
+def test_shards_of_a_process_that_is_killed_are_taken_over_by_the_one_beside_it(start, extracted, cache):
+    first = start("first", "extract")
+    first.until(lambda: cache.receipts)
+    os.kill(first.pid, signal.SIGSTOP)
+    kept = cache.receipts
+    assert cache.left_over
+    second = start("second", "extract")
+    second.until(lambda: second.made)
+    first.kill()
+    require_kept(cache, kept, second.succeeded().made)
+    require_same(cache, extracted)
+
+
+@pytest.mark.parametrize("longer_first", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_with_tables_of_different_length_end_in_the_cache_of_the_longer(
+    start, extracted, cache, sample, longer_first
+):
+    tables = [("--table", sample / name) for name in ("some.csv", "all.csv")]
+    first = start("first", "extract", *tables[longer_first])
+    first.until(lambda: first.made)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = start("second", "extract", *tables[not longer_first])
+    time.sleep(0.5)
+    os.kill(first.pid, signal.SIGCONT)
+    first.succeeded(), second.succeeded()
+    require_same(cache, extracted)
+    assert list(verify(Cache(cache.cache))) == []
