@@ -1,7 +1,6 @@
 """The fault harness: commands in processes of their own, killed for real, and what they leave behind."""
 
 import multiprocessing
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -88,7 +87,7 @@ class Running:
 
     @property
     def made(self) -> list[str]:
-        """"lease place" of every row of tokens that it has made so far."""
+        """ "lease place" of every row of tokens that it has made so far."""
         file = self.folder / "made"
         return file.read_text().splitlines() if file.exists() else []
 
@@ -224,3 +223,9 @@ def clean(launch: Callable[..., Running], sample: Path, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("clean")
     launch(folder, "extract", "--config", sample / "settings.toml", "--cache", folder / "cache").succeeded()
     return folder / "cache"
+
+
+@pytest.fixture
+def extracted(clean: Path) -> Files:
+    """What lies in the cache that nobody disturbed."""
+    return Files(clean)

@@ -27,12 +27,6 @@ def cache(files_of, tmp_path):
     return files_of(tmp_path / "cache")
 
 
-@pytest.fixture
-def extracted(files_of, clean):
-    """What lies in the cache that nobody disturbed."""
-    return files_of(clean)
-
-
 def leases_of(receipts):
     """Return the leases under which shards with these receipts were made."""
     return {f"{path.parts[-4]}/{path.parts[-3]}/view0-{path.stem}" for path in receipts}
@@ -117,11 +111,11 @@ def test_two_processes_at_once_make_every_row_once_and_the_bytes_of_one(start, e
     second = start("second", "extract")
     second.until(lambda: second.made)
     os.kill(first.pid, signal.SIGCONT)
-    made = [running.succeeded().made for running in (first, second)]
-    assert len(sum(made, [])) == len({*made[0], *made[1]}) == 2 * N_CLIPS
+    one, two = first.succeeded().made, second.succeeded().made
+    assert len([*one, *two]) == len({*one, *two}) == 2 * N_CLIPS
     require_same(cache, extracted)
     counts = [int(re.search(r"Extracted (\d+)", running.said)[1]) for running in (first, second)]
-    assert counts == [*map(len, made)]
+    assert counts == [len(one), len(two)]
 
 
 def test_shards_of_a_process_that_is_killed_are_taken_over_by_the_one_beside_it(start, extracted, cache):
