@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RunError
 from .leases import Leases
-from .publish import publish, publish_json, read_json
+from .publish import publish, publish_json, read_json, sweep
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,6 +82,7 @@ class RunFolder:
 
     def start(self, config: Mapping[str, Any], first_epoch: int = 0) -> None:
         """Begin, or go on from an epoch: the records before it stay.  Call `require_free` first."""
+        sweep(self.path)
         publish_json(self.path / "config.json", config)
         metrics = self.path / "metrics.jsonl"
         kept = [record for record in self.metrics() if record["epoch"] < first_epoch] if metrics.exists() else []

@@ -15,7 +15,7 @@ from .errors import CacheError, IncompleteCacheError, KarmmaError, is_memory_sho
 from .identity import FORMAT
 from .modality import PRESENT, UNWRITTEN
 from .places import is_local, place, read_bytes, zarr_store
-from .publish import publish, publish_folder, read_json
+from .publish import publish, publish_folder, read_json, sweep
 from .shards import AGAIN, ShardFiles, decode_shard, encode_shard, is_plain_state, shard_file, state_file
 
 
@@ -253,6 +253,7 @@ class LogitStore:
                 # Uncompressed, as logits hardly compress: every byte then counts in the checksum.
                 group.create_array(name, data=values, chunks="auto", compressors=None, dimension_names=names)
 
+        sweep(path.parent)  # what those left who were killed here
         publish_folder(path, fill)
         return cls(path)
 

@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -111,15 +112,16 @@ class Running:
 
     def kill(self, alone: bool = False) -> None:
         """End it by SIGKILL, with its readers, which must end by themselves where it is killed alone."""
-        if self.process.is_alive():
+        readers = []
+        with suppress(psutil.NoSuchProcess):  # it has just ended by itself
             readers = psutil.Process(self.pid).children(recursive=True)
-            self.process.kill()
-            for reader in [] if alone else readers:
-                reader.kill()
-            give_up = time.monotonic() + GIVE_UP_S
-            while any(map(_is_at_work, readers)):
-                assert time.monotonic() < give_up
-                time.sleep(0.01)
+        self.process.kill()
+        for reader in [] if alone else readers:
+            reader.kill()
+        give_up = time.monotonic() + GIVE_UP_S
+        while any(map(_is_at_work, readers)):
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
         self.process.join(GIVE_UP_S)
 
 

@@ -1,10 +1,8 @@
-"""A training that was killed and goes on, and one on two ranks, against the one that was left alone."""
+"""A training that was interrupted, and one on two ranks, against the one that was left alone."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,33 +28,6 @@ def command(made, runs, *options):
     karmma = [str(Path(sys.executable).with_name("karmma"))]
     places = ("--cache", str(made.data.cache), "--runs", str(runs))
     return [*karmma, "train-teacher", "--config", str(settings), *places, *options]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("n_saves", [2, 9])  # in the first epoch of four steps, and in the third
-def test_run_killed_in_mid_epoch_and_resumed_ends_in_the_same_bytes(made, tmp_path, n_saves, slowed, left):
-    plain = train_teacher(made.table, made.data, CONFIG)
-    runs = tmp_path / "elsewhere"
-    asked = command(made, runs, "--save-minutes", "0")
-    state = runs / plain.run.name / "state.safetensors"
-    running = subprocess.Popen(asked, stderr=subprocess.DEVNULL, env=slowed)
-    seen, give_up = set(), time.monotonic() + 60
-    while len(seen) < n_saves:
-        assert time.monotonic() < give_up
-        assert running.poll() is None
-        if state.exists():
-            seen.add(state.stat().st_mtime_ns)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
-    assert not RunFolder(state.parent).is_finished
-    refused = subprocess.run(asked, capture_output=True, text=True)
-    assert refused.returncode == 1
-    assert "this run was interrupted in epoch" in refused.stderr
-    assert "--resume" in refused.stderr
-    done = subprocess.run([*asked, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert left(state.parent) == left(plain.run)
-    assert not state.exists()
 
 
 def test_resume_without_anything_to_go_on_with_begins(made):
