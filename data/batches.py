@@ -1,7 +1,7 @@
 """Batches of cached tokens: a plan one can print, and a reader that stays one batch ahead of the training step."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -69,11 +69,18 @@ class _Buffers:
 class TokenReader:
     """Reads batches of several modalities from their stores by two threads, one batch ahead.
 
-    cache_rows: [N] row in the cache of every clip of the table.  pin: the tokens go to a GPU.
+    cache_rows: [N] row in the cache of every clip of the table.  pin: the tokens go to a GPU.  check: called with
+    modality, rows of the cache and view before they are read, by either thread.
     """
 
-    def __init__(self, stores: Mapping[str, TokenStore], cache_rows: np.ndarray, pin: bool = False) -> None:
-        self.stores, self.cache_rows = dict(stores), cache_rows
+    def __init__(
+        self,
+        stores: Mapping[str, TokenStore],
+        cache_rows: np.ndarray,
+        pin: bool = False,
+        check: Callable[[str, np.ndarray, int], None] = lambda *_: None,
+    ) -> None:
+        self.stores, self.cache_rows, self.check = dict(stores), cache_rows, check
         self._states: dict[tuple[str, int], np.ndarray] = {}
         self._buffers = {modality: _Buffers(pin) for modality in self.stores}
 
@@ -108,8 +115,12 @@ class TokenReader:
         for modality, store in self.stores.items():
             out = self._buffers[modality].take((len(rows), store.k, store.width))
             pieces = zip(*(np.array_split(values, N_THREADS) for values in (self.cache_rows[rows], out)), strict=True)
-            parts[modality] = out, [pool.submit(store.read_written, part, view, piece) for part, piece in pieces]
+            parts[modality] = out, [pool.submit(self._fill, modality, part, view, piece) for part, piece in pieces]
         return parts
+
+    def _fill(self, modality: str, rows: np.ndarray, view: int, out: np.ndarray) -> None:
+        self.check(modality, rows, view)
+        self.stores[modality].read_written(rows, view, out)
 
     def _read(self, out: np.ndarray, parts: list[Future]) -> Tensor:
         for part in parts:

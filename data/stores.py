@@ -44,14 +44,11 @@ def _described(path: Path) -> Iterator[None]:
         raise CacheError(f"{path}: damaged: {error}. Run karmma cache verify.") from None
 
 
-def _sum(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8)).hexdigest()
-
-
 def _checksums(attributes: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, str]:
     """Return by name the checksum of every array of a store, and under zarr.json that of its attributes."""
     about = {name: value for name, value in attributes.items() if name != "sha256"}
-    return {"zarr.json": digest(about), **{name: _sum(values) for name, values in arrays.items()}}
+    whole = {name: np.ascontiguousarray(values).view(np.uint8) for name, values in arrays.items()}
+    return {"zarr.json": digest(about), **{name: hashlib.sha256(held).hexdigest() for name, held in whole.items()}}
 
 
 class TokenStore:
@@ -239,7 +236,6 @@ class LogitStore:
                     f"{path}: the teacher's logits of head {head!r} are not finite. "
                     "Its training diverged: lower max_lr and train again."
                 )
-
         arrays = {head: values.astype(np.float32) for head, values in logits.items()}
         arrays["state"] = state.astype(np.uint8)
         arrays["made_from"] = np.array([int(text or "0", 16) for text in made_from], np.uint32)
@@ -260,6 +256,14 @@ class LogitStore:
     def values(self, head: str) -> np.ndarray:
         """Return all logits [N, V, classes] of a head."""
         return self._logits[head]
+
+    def require_sound(self) -> Self:
+        """Return the store; raise CacheError, which names the arrays, unless all of it is what was written."""
+        if damaged := self.damaged():
+            raise CacheError(
+                f"{self.path}: not what was written: {', '.join(damaged)}. Run karmma cache verify --drop."
+            )
+        return self
 
     def damaged(self) -> list[str]:
         """Return the names of the arrays that are not what was written."""

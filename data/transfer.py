@@ -128,9 +128,7 @@ def _merge_view(cache: Cache, store: TokenStore, other: Cache, place: tuple[str,
 
 def _merge_logits(cache: Cache, other: Cache, name: str) -> int:
     """Take over the logits of a teacher whom this cache does not know; return the number of clips."""
-    store = LogitStore.open(other.logits_path(name))
-    if damaged := store.damaged():
-        raise CacheError(f"{store.path}: {', '.join(damaged)}: not what was written. Run karmma cache verify there.")
+    store = LogitStore.open(other.logits_path(name)).require_sound()
     rows = cache.rows(other.clip_ids[: store.n_clips])
 
     def moved(values: np.ndarray, empty: Any) -> np.ndarray:

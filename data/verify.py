@@ -1,7 +1,7 @@
 """Is every byte of a cache what was written?  Shards against the checksums of their receipts, logits against theirs."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,38 @@ class Damage:
         """Return it as one line."""
         some = f"; {len(self.clips)} clips: {', '.join(self.clips[:5])}" if self.clips else ""
         return f"{self.file}: {self.reason}{some}{', ...' if len(self.clips) > 5 else ''}"
+
+
+class _DamageError(CacheError):
+    """A file is not what its receipt says."""
+
+    def __init__(self, file: Path, reason: str) -> None:
+        self.file, self.reason = file, reason
+        super().__init__(f"{file}: {reason}")
+
+
+class FirstSight:
+    """Holds shards against their receipts, each once, when somebody is about to read from it."""
+
+    def __init__(self, cache: Cache, stores: Mapping[str, TokenStore]) -> None:
+        self.cache, self.stores = cache, stores
+        self._sound: set[tuple[str, int, int]] = set()
+
+    def __call__(self, modality: str, rows: np.ndarray, view: int) -> None:
+        """Raise CacheError, which names the file and its clips, if a shard that holds one of `rows` is damaged."""
+        store = self.stores[modality]
+        for shard in np.unique(rows // store.shard_rows).tolist():
+            if (modality, view, shard) not in self._sound:
+                self._look(modality, store, view, shard)
+                self._sound.add((modality, view, shard))
+
+    def _look(self, modality: str, store: TokenStore, view: int, shard: int) -> None:
+        receipt = self.cache.receipt(modality, store.path.stem, view, shard)
+        try:
+            _whole(store, view, shard, receipt)
+        except _DamageError as error:
+            found = Damage(error.file, error.reason, _clips(self.cache, store, shard, receipt))
+            raise CacheError(f"{found}. Run karmma cache verify --drop, then karmma extract.") from None
 
 
 def count_shards(cache: Cache) -> int:
@@ -92,19 +124,10 @@ def _wrong_identities(cache: Cache) -> Iterator[Damage]:
 def _wrong(store: TokenStore, view: int, shard: int, receipt: dict[str, Any] | None) -> tuple[Path, str]:
     """Return what is wrong with a shard, '' if nothing is, and the file that is at fault."""
     file = shard_file(store.path / "tokens", shard, view)
-    if receipt is None:
-        return file, "its receipt is damaged"
-    if receipt["first_row"] != shard * store.shard_rows:
-        return file, f"its receipt is of the shard from row {receipt['first_row']} on"
     try:
-        data, state = store.read_shard(shard, view)
-        if len(data) != receipt["bytes"]:
-            return file, f"has {len(data)} bytes, its receipt says {receipt['bytes']}"
-        if hashlib.sha256(data).hexdigest() != receipt["sha256"]:
-            return file, "fails its checksum"
-        if hashlib.sha256(state).hexdigest() != receipt["state_sha256"]:
-            return state_file(store.path / "state", shard, view), "fails its checksum"
-        tokens, states = store.decoded(data, state)
+        tokens, states = store.decoded(*_whole(store, view, shard, receipt))
+    except _DamageError as error:
+        return error.file, error.reason
     except CacheError as error:
         return file, str(error).removeprefix(f"{file}: ")
     counts = {name: int((states == state).sum()) for state, name in STATE_NAMES.items()}
@@ -116,6 +139,23 @@ def _wrong(store: TokenStore, view: int, shard: int, receipt: dict[str, Any] | N
     asked = [bool(row) for row in receipt["rows"]]
     same = np.array_equal(states[: len(asked)] != UNWRITTEN, asked)
     return file, "" if same else "states and rows of its receipt differ"
+
+
+def _whole(store: TokenStore, view: int, shard: int, receipt: dict[str, Any] | None) -> tuple[bytes, bytes]:
+    """Return the bytes of a shard's two files; raise CacheError unless they are what its receipt says."""
+    file = shard_file(store.path / "tokens", shard, view)
+    if receipt is None:
+        raise _DamageError(file, "its receipt is damaged")
+    if receipt["first_row"] != shard * store.shard_rows:
+        raise _DamageError(file, f"its receipt is of the shard from row {receipt['first_row']} on")
+    tokens, state = store.read_shard(shard, view)
+    if len(tokens) != receipt["bytes"]:
+        raise _DamageError(file, f"has {len(tokens)} bytes, its receipt says {receipt['bytes']}")
+    if hashlib.sha256(tokens).hexdigest() != receipt["sha256"]:
+        raise _DamageError(file, "fails its checksum")
+    if hashlib.sha256(state).hexdigest() != receipt["state_sha256"]:
+        raise _DamageError(state_file(store.path / "state", shard, view), "fails its checksum")
+    return tokens, state
 
 
 def _clips(cache: Cache, store: TokenStore, shard: int, receipt: dict[str, Any] | None) -> tuple[str, ...]:

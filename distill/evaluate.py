@@ -16,6 +16,7 @@ from ..data.progress import watched
 from ..data.runs import RunFolder
 from ..data.selection import n_missing
 from ..data.stores import TokenStore
+from ..data.verify import FirstSight
 from ..fuse.logits import load_teacher
 from .results import Asked
 from .stream import ClipStream
@@ -80,7 +81,8 @@ def _by_teacher(
     device, cache = choose_device(asked.device), Cache.open(cache_place)
     names = run.config["tokens"]
     stores = {modality: TokenStore.open(cache.tokens_path(modality, name)) for modality, name in names.items()}
-    reader = TokenReader(stores, cache.rows(table.clip_ids), pin=device.type == "cuda")
+    pin = device.type == "cuda"
+    reader = TokenReader(stores, cache.rows(table.clip_ids), pin, FirstSight(cache, stores))
     model, found, failed = load_teacher(run, stores).to(device), [], {}
     for modality, name in names.items():
         for clip_id, reason in cache.failures(modality, name, table.clip_ids[rows]).items():

@@ -97,7 +97,7 @@ def _chosen(cache: Cache, config: StudentConfig) -> LogitStore:
         raise CacheError(
             f"{cache.path}: {len(names)} teachers here: {', '.join(_named(names))}. Choose one with --teacher."
         )
-    return LogitStore.open(next(iter(names.values())))
+    return LogitStore.open(next(iter(names.values()))).require_sound()
 
 
 def _named(names: dict[str, Path]) -> list[str]:

@@ -16,6 +16,7 @@ from ..data.device import arithmetic
 from ..data.identity import tensors_digest
 from ..data.runs import RunFolder
 from ..data.selection import Selection
+from ..data.verify import FirstSight
 from .config import TeacherConfig
 from .dropout import seeded_dropout
 from .logits import averaged, build_teacher, on_device, shared_logits, write_logits
@@ -41,7 +42,8 @@ class Teacher:
     ) -> None:
         self.cache, self.table, self.config, self.selection = cache, table, config, selection
         self.device = device
-        self.reader = TokenReader(selection.stores, cache.rows(table.clip_ids), pin=self.device.type == "cuda")
+        rows, pin = cache.rows(table.clip_ids), self.device.type == "cuda"
+        self.reader = TokenReader(selection.stores, rows, pin, FirstSight(cache, selection.stores))
         self.labels = {head: torch.from_numpy(table.labels(head)) for head in data.heads}
         self.classes = {head: list(table.classes(head)) for head in data.heads}
         present = self.reader.present(np.arange(table.n_clips), 0)
