@@ -26,8 +26,9 @@ class Selection:
 def select_stores(cache: Cache, table: ClipTable, data: DataConfig, chosen: Mapping[str, str]) -> Selection:
     """Find for each of data.modalities the one complete store whose inputs are those of `data`.
 
-    chosen: modality -> digest, where a cache has several.  A modality that is not there or not complete is left out
-    with the reason; one that was extracted under other settings, or several that fit, raise and name the differences.
+    chosen: modality -> digest, where a cache has several.  A modality of which no clip is there is left out with the
+    reason.  Raises IncompleteCacheError for one of which some clips are there or if there is none, StaleCacheError for
+    one that was extracted under other settings, CacheError for several that fit, naming the differences.
     """
     selection = Selection()
     for modality in data.modalities:
@@ -43,9 +44,14 @@ def select_stores(cache: Cache, table: ClipTable, data: DataConfig, chosen: Mapp
         if complete:
             selection.names[modality] = complete[0]
             selection.stores[modality] = asked[complete[0]]
-        else:
-            n = min(missing.values(), default=table.n_clips)
-            selection.left_out[modality] = f"{n} of {table.n_clips} clips are not extracted as the table has them"
+            continue
+        n = min(missing.values(), default=table.n_clips)
+        said = f"{n} of {table.n_clips} clips are not extracted as the table has them"
+        if n < table.n_clips:  # begun, or damaged since: to go on without it would pass for what was asked
+            raise IncompleteCacheError(
+                f"{cache.path}: {modality}: {said}. Run karmma extract, or name the other modalities with --modality."
+            )
+        selection.left_out[modality] = said
     if not selection.stores:
         reasons = ", ".join(f"{modality}: {reason}" for modality, reason in selection.left_out.items())
         raise IncompleteCacheError(f"{cache.path}: no modality is complete ({reasons}). Run karmma extract.")

@@ -163,10 +163,12 @@ class Files:
         """Require that every shard is what its receipt says."""
         assert not self.cache.exists() or not list(verify(Cache(self.cache)))
 
-    def drop_receipts(self, n: int, seed: int) -> None:
-        """Make some shards count as unwritten."""
-        for receipt in random.Random(seed).sample(sorted(self.receipts), n):
+    def drop_receipts(self, n: int, seed: int) -> list[Path]:
+        """Make some shards count as unwritten; return their receipts."""
+        dropped = random.Random(seed).sample(sorted(self.receipts), n)
+        for receipt in dropped:
             receipt.unlink()
+        return dropped
 
 
 @pytest.fixture(scope="session")
@@ -211,7 +213,7 @@ def start(launch: Callable[..., Running], sample: Path, tmp_path: Path) -> Itera
 
     def begin(name: str, command: str, *options: object, before: str = "") -> Running:
         given = ("--config", sample / "settings.toml", "--cache", tmp_path / "cache", *options)
-        begun.append(launch(tmp_path / name, command, *given, before=before))
+        begun.append(launch(tmp_path / name, *command.split(), *given, before=before))
         return begun[-1]
 
     yield begin
