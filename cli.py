@@ -179,7 +179,8 @@ def demo() -> None:
     """Run the whole pipeline on the embedded sample data, in ./karmma-sample, ./cache and ./runs."""
     settings = sample_data()
     for command in ("extract", "train-teacher", "distill", "evaluate", "report"):
-        tell(f"\n$ karmma {command}")
+        tell("")
+        tell(f"$ karmma {command}")
         code = app([command, "--config", str(settings)], standalone_mode=False)
         if code:
             raise typer.Exit(code)

@@ -11,7 +11,7 @@ from rich.console import Console
 from .data.annotations import ClipTable
 from .data.clips import read_clips
 from .data.config import DataConfig, StageConfig
-from .data.errors import RunError
+from .data.errors import RunError, printable
 from .data.progress import IS_SILENT, watched
 from .data.runs import RunFolder
 from .data.sample import write_sample
@@ -34,7 +34,7 @@ out, err = Console(quiet=IS_SILENT), Console(stderr=True, highlight=False, emoji
 
 def tell(text: str) -> None:
     """Say something to the person at the terminal."""
-    err.print(text, soft_wrap=True, markup=False)
+    err.print(printable(text), soft_wrap=True, markup=False)
 
 
 def complain(error: Exception, more: str = "") -> None:

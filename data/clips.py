@@ -131,6 +131,9 @@ class _Rows:
             if not clip_id:
                 notes.append((line, "clip_id is empty"))
                 continue
+            if "\0" in clip_id:  # which arrays of text lose at an end
+                notes.append((line, f"clip_id {clip_id!r} holds a NUL character"))
+                continue
             other, at = self._seen.setdefault(clip_id, (path, line))
             if (other, at) != (path, line):
                 where = "" if other == path else f" of {other.name}"

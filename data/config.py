@@ -42,7 +42,7 @@ def _parts(value: Any) -> Any:
 
 
 def _address(value: Any) -> Any:
-    return value if value is None or is_address(value) else Path(value)
+    return Path(value) if isinstance(value, str) and not is_address(value) else value
 
 
 # Several names: a list in TOML, or one text with commas between.

@@ -3,9 +3,25 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# A message that quotes a name of 10,000 characters is cut in its middle: its beginning and its end say what to do.
+LONGEST = 2000
+
+
+def printable(text: str) -> str:
+    """Return text as one line that a terminal shows and does not obey: what cannot be printed is escaped."""
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(letter: str) -> str:
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+
 
 class KarmmaError(Exception):
     """Base of all errors that the command line shows as one line, without a traceback."""
+
+    def __init__(self, message: str) -> None:
+        line, half = printable(message), LONGEST // 2
+        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}")
 
 
 class ConfigError(KarmmaError, ValueError):
