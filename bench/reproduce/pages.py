@@ -1,5 +1,6 @@
 """docs/reproduction.md: its tables and plots, made anew from the results that were kept; the words stay as they are."""
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from karmma.distill.efficiency import Cost, Efficiency
 from karmma.distill.efficiency_report import efficiency_bars
 from karmma.distill.plots import column_bars, rate_curves
 from karmma.distill.results import ACTION, Evaluation
-from plan import SETS, STRATEGIES, VARIANTS
+from plan import SETS, STRATEGIES, TEMPERATURE, VARIANTS
 
 Results = Mapping[str, dict[str, Any]]  # step -> what was kept of it
 PAGE = "reproduction.md"
@@ -234,6 +235,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def _labels(found: Results) -> str:
+    """Return what the teacher says beyond the labels, and what the same student learns of it at a temperature."""
+    rows = []
+    for head, kept in found["labels"]["heads"].items():
+        shares = [f"{percent(kept[name])} %" for name in ("accuracy", "first")]
+        rows.append([head, *shares, f"{kept['entropy']:.3f}", f"{math.log(kept['classes']):.2f}"])
+    header = ["head", "accuracy on training clips", "probability of its first class", "entropy (nats)", "of at most"]
+    text = table(header, rows)
+    steps = {"delta-0": "", "karmma-0": ", temperature 1", "soft-0": f", temperature {TEMPERATURE}"}
+    if {*steps} <= {*found}:
+        columns = compare(evaluations(found, list(steps)))
+        named = [
+            [column.label + note, *_row(column)[2:-1]] for column, note in zip(columns, steps.values(), strict=True)
+        ]
+        text += "\n" + table(["one seed", *columns[0].mean, "mean"], named)
+    return text
+
+
 def _claims(found: Results) -> str:
     columns = {column.label: column for column in main_columns(found)}
     rows = claims(columns, costs(found) if "efficiency" in found else [])
@@ -245,6 +264,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "subsets": _subsets,
     "rates": _rates,
     "strategies": _strategies,
+    "labels": _labels,
     "theta": _theta,
     "efficiency": _efficiency,
     "times": _times,

@@ -10,6 +10,8 @@ VARIANTS = ("baseline", "dropout", "delta", "karmma")
 STRATEGIES = ("B.1", "B.2", "B.3", "B.4")  # 'dropout' ignores what is missing, 'delta' is B.5
 MODALITIES = ("video", "flow", "audio")
 FROM_TOKENS = "start/video-tokens.safetensors"
+LABELS = "labels.json"
+TEMPERATURE = "4"  # of Hinton et al. (2015), where the paper has 1
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ QUICK = Scale(20, 192, 20, (0, 1), 2, 2, ("none", "24"))
 class Step:
     """A command, and what it reads of others.
 
-    words: of `karmma`, or `tokens` and what tokens.py takes; {run:x} is the run that step x left, {teacher} the
-    digest of the teacher.  after: steps it reads from.
+    words: of `karmma`, or `tokens` or `labels` and what the script of that name takes; {run:x} is the run that step x
+    left, {teacher} the digest of the teacher.  after: steps it reads from.
     """
 
     name: str
@@ -99,6 +101,10 @@ def _students(scale: Scale, epochs: tuple[str, ...]) -> Iterator[Step]:
         words = ("distill", "--variant", "karmma", "--seed", str(seed), *epochs, "--teacher", "{teacher}")
         yield Step(f"karmma-{seed}", words, (*starts, "teacher"))
     first = f"karmma-{scale.seeds[0]}"
+    yield Step("labels", ("labels", "{teacher}", LABELS), ("teacher",))
+    # A teacher that is sure of its training clips says more at a higher temperature.
+    words = ("distill", "--variant", "karmma", "--temperature", TEMPERATURE, *epochs, "--teacher", "{teacher}")
+    yield Step("soft-0", words, (*starts, "teacher"))
     thetas = tuple(word for theta in scale.thetas for word in ("--theta", theta))
     words = ("report", "--efficiency", "{run:teacher}", f"{{run:{first}}}", *thetas, "--into", "efficiency")
     yield Step("efficiency", words, ("teacher", first))

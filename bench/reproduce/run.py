@@ -31,7 +31,7 @@ from karmma.data.config import digest
 from karmma.data.publish import publish_json, read_json
 from karmma.data.runs import RunFolder
 from pages import write_pages
-from plan import EPOCHS, FULL, QUICK, SETS, Scale, Step, named, plan
+from plan import EPOCHS, FULL, LABELS, QUICK, SETS, Scale, Step, named, plan
 
 HERE = Path(__file__).parent
 LANES = 2  # steps side by side, each in one thread
@@ -41,6 +41,7 @@ READS = {
     "sweep": ("data", "teacher"),
     "train-teacher": ("data", "teacher"),
     "tokens": ("data", "student"),
+    "labels": ("data",),
     "distill": ("data", "student"),
     "report": ("data",),
 }
@@ -159,6 +160,8 @@ class Bench:
             return {"trials": self.scale.n_trials, "epochs": self.scale.epochs or EPOCHS[self.name][0]}
         if step.name == "efficiency":
             return {"models": read_json(self.folder / "efficiency/efficiency.json")}
+        if step.name == "labels":
+            return {"heads": read_json(self.folder / LABELS)}
         return {}
 
     def _table(self, name: str) -> ClipTable:
@@ -176,7 +179,8 @@ class Bench:
 
 
 def _program(words: Sequence[str]) -> list[str]:
-    return [str(HERE / "tokens.py"), *words[1:]] if words[0] == "tokens" else ["-c", COMMAND, *words]
+    script = HERE / f"{words[0]}.py"
+    return [str(script), *words[1:]] if script.exists() else ["-c", COMMAND, *words]
 
 
 def run_all(waiting: list[tuple[Bench, Step]]) -> None:
