@@ -124,7 +124,10 @@ def _places(path: Path, _mtime: int, size: int) -> dict[str, tuple[int, int]]:
     with _whole(path) as content:
         if not bytes(content[:64]).lstrip().startswith(b"{"):
             return {}
-        found = [(m[1].decode(), m.start(), m.end() - 1) for m in LIST.finditer(content) if m[1] not in FRAME_LISTS]
+        keys = [m for m in LIST.finditer(content) if m[1] not in FRAME_LISTS]
+        # What is no UTF-8 is nobody's name; an error here would leave the map in use, and it could not be closed.
+        found = [(m[1].decode(errors="replace"), m.start(), m.end() - 1) for m in keys]
+        del keys
     ends = [start for _, start, _ in found[1:]] + [size]
     places = {name: (start, end) for (name, _, start), end in zip(found, ends, strict=True)}
     return places if len(places) == len(found) else {}

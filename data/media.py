@@ -21,6 +21,8 @@ EPSILON_S = 6e-4
 SEEK_BACK_S = (0.0, 2.0, 10.0)
 # Decoding on for so many seconds costs about as much as going back to a key frame, where no index tells.
 FAR_S = 4.0
+# Larger than any camera's picture; FFmpeg would allocate whatever a damaged header asks for.
+MOST_PIXELS = 2**27
 # A file may state a duration this much longer than what it holds (rounding, delays) before it counts as cut short.
 STATED_SLACK_S = 0.5
 
@@ -104,6 +106,7 @@ class Media:
             if stream.codec_context is not None:
                 # One thread: where a damaged file breaks off must not depend on the machine.
                 stream.codec_context.thread_count = 1
+                stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         return container
 
     def _source(self) -> "str | StoredFile":
@@ -160,8 +163,7 @@ class Media:
 
         Raises MediaError if the file's header promises much more than the file holds: it has been cut short.
         """
-        if self.pictures is None and self.sound is None:
-            raise MediaError(f"{self.path}: holds neither picture nor sound. Correct the clip table.")
+        self._require_content()
         held = self._held_end_s() - self.start_s
         stream = self.pictures or self.sound  # only now: both may have opened the file anew
         stated = float((stream.duration or 0) * stream.time_base)
@@ -194,12 +196,21 @@ class Media:
     @property
     def has_pictures(self) -> bool:
         """Whether there is a video stream, cover pictures aside."""
+        self._require_content()
         return self.pictures is not None
 
     @property
     def has_sound(self) -> bool:
         """Whether there is an audio stream."""
+        self._require_content()
         return self.sound is not None
+
+    def _require_content(self) -> None:
+        """Raise MediaError for a file without picture and sound: a modality of it is not absent, the file is wrong."""
+        if self.pictures is None and self.sound is None:
+            raise MediaError(
+                f"{self.path}: holds neither picture nor sound. Fetch it again, or correct the table."
+            )
 
     def worth_seeking(self, from_s: float, to_s: float) -> bool:
         """Say whether a key frame lies between two moments, by the file's index; without one, whether they are far."""

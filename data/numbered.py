@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from .errors import MediaError, cause
-from .media import EPSILON_S, Frame
+from .media import EPSILON_S, MOST_PIXELS, Frame
 from .places import is_local, names, read_bytes, storage_errors
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 PICTURE = re.compile(r"(.*?)([0-9]+)\.(jpe?g|png|webp)", re.IGNORECASE)
 # First bytes of a picture -> FFmpeg's name of its decoder.
 DECODERS = {b"\xff\xd8": "mjpeg", b"\x89PNG": "png", b"RIFF": "webp"}
-# Larger than any camera's; FFmpeg would allocate whatever a damaged header asks for.
-MOST_PIXELS = 2**27
 
 
 class Pictures(Protocol):

@@ -13,6 +13,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from io import FileIO
 from typing import Any
@@ -29,6 +30,8 @@ from .views import draw_view
 # What every clip needs: without them no reader starts.
 LIBRARIES = ("av", "cv2")
 LENGTH = struct.Struct("<I")
+# Bytes that a reader may hold.  A clip takes some hundred MB, with RAFT at full HD some GB; what wants more is damaged.
+MOST_MEMORY = 8 * 2**30
 
 
 def send(pipe: FileIO, header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
@@ -57,8 +60,19 @@ def fill(pipe: FileIO, buffer: bytearray | np.ndarray) -> bytearray | np.ndarray
     return buffer
 
 
+def _bound_memory() -> None:
+    """Have allocations beyond `MOST_MEMORY` fail in this process, where the system can do that."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        bound = MOST_MEMORY if most == resource.RLIM_INFINITY else min(MOST_MEMORY, most)
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
+
+
 def serve() -> None:
     """Answer requests from standard input until it ends."""
+    _bound_memory()
     asked, answers = FileIO(os.dup(0)), FileIO(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not come between the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
