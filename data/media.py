@@ -208,9 +208,7 @@ class Media:
     def _require_content(self) -> None:
         """Raise MediaError for a file without picture and sound: a modality of it is not absent, the file is wrong."""
         if self.pictures is None and self.sound is None:
-            raise MediaError(
-                f"{self.path}: holds neither picture nor sound. Fetch it again, or correct the table."
-            )
+            raise MediaError(f"{self.path}: holds neither picture nor sound. Fetch it again, or correct the table.")
 
     def worth_seeking(self, from_s: float, to_s: float) -> bool:
         """Say whether a key frame lies between two moments, by the file's index; without one, whether they are far."""

@@ -18,7 +18,6 @@ DATA = DataConfig(
     frames=4, size=32, flow_size=32, max_boxes=3, audio_segment_s=0.256, audio_hop=128, audio_mels=24, audio_steps=32
 )
 N_FILES, BATCH, PATIENCE_S = 2000, 40, 10
-MOST_RESIDENT = 2**31
 STOP_S, FPS = 0.8, 25.0
 
 
