@@ -166,7 +166,7 @@ BOMBS = {
     deep_boxes: (("detections",), 1),
     huge_numbers: (("detections",), 1),
 }
-SLOW, SOUND_AFTER_ALL = (large_png, wide_chunk), (large_png, huge_numbers)
+SLOW, SOUND_AFTER_ALL = (large_png, wide_chunk), (large_png, wide_chunk, huge_numbers)
 
 
 @pytest.mark.parametrize("bomb", [pytest.param(b, marks=pytest.mark.slow) if b in SLOW else b for b in BOMBS])
