@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims import claims
+from claims import STUDENT, claims
 from drawings import theta_curve
 from karmma.data.publish import publish, read_json
 from karmma.distill.compare import Column, compare
@@ -15,6 +15,7 @@ from karmma.distill.efficiency import Cost, Efficiency
 from karmma.distill.efficiency_report import efficiency_bars
 from karmma.distill.plots import column_bars, rate_curves
 from karmma.distill.results import ACTION, Evaluation
+from karmma.distill.variants import DELTA
 from plan import SETS, STRATEGIES, TEMPERATURE, VARIANTS
 
 Results = Mapping[str, dict[str, Any]]  # step -> what was kept of it
@@ -243,12 +244,14 @@ def _labels(found: Results) -> str:
         rows.append([head, *shares, f"{kept['entropy']:.3f}", f"{math.log(kept['classes']):.2f}"])
     header = ["head", "accuracy on training clips", "probability of its first class", "entropy (nats)", "of at most"]
     text = table(header, rows)
-    steps = {"delta-0": "", "karmma-0": ", temperature 1", "soft-0": f", temperature {TEMPERATURE}"}
+    steps = {
+        "delta-0": DELTA,
+        "karmma-0": f"{STUDENT}, temperature 1",
+        "soft-0": f"{STUDENT}, temperature {TEMPERATURE}",
+    }
     if {*steps} <= {*found}:
         columns = compare(evaluations(found, list(steps)))
-        named = [
-            [column.label + note, *_row(column)[2:-1]] for column, note in zip(columns, steps.values(), strict=True)
-        ]
+        named = [[label, *_row(column)[2:-1]] for column, label in zip(columns, steps.values(), strict=True)]
         text += "\n" + table(["one seed", *columns[0].mean, "mean"], named)
     return text
 
