@@ -16,6 +16,7 @@ import typer
 from rich.table import Table
 
 from .cli_cache import cache_app
+from .cli_doctor import doctor
 from .cli_evaluate import evaluate
 from .cli_export import export
 from .cli_options import (
@@ -57,6 +58,7 @@ app.command("predict")(predict)
 app.command("export")(export)
 app.command("report")(report)
 app.command("sweep")(sweep)
+app.command("doctor")(doctor)
 
 
 @app.command("extract")
