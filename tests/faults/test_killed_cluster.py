@@ -16,14 +16,34 @@ pytestmark = pytest.mark.slow
 DASK = str(Path(sys.executable).with_name("dask"))
 
 
+# For workers: notes every row of tokens that they make.
+NOTE_ROWS = """
+import importlib.abc, os, sys
+class Note(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "karmma.extract.engine":
+            from karmma.data.drafts import ShardDraft
+            put, made = ShardDraft.put, os.open(os.environ["MADE"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            def noted(self, at, *rest):
+                os.write(made, f"{os.getpid()} {self.task.first_row + at}\\n".encode())
+                put(self, at, *rest)
+            ShardDraft.put = noted
+sys.meta_path.insert(0, Note())
+"""
+
+
 @pytest.fixture
 def dask(tmp_path):
     """Return a function that starts a part of a Dask cluster; all of them end with the test."""
     parts = []
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/sitecustomize.py").write_text(NOTE_ROWS)
+    path = f"{tmp_path / 'path'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"PYTHONPATH": path, "MADE": str(tmp_path / "made"), "OMP_NUM_THREADS": "1"}
 
     def begin(*words):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        parts.append(subprocess.Popen([DASK, *words], **quiet, cwd=tmp_path, start_new_session=True))
+        how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+        parts.append(subprocess.Popen([DASK, *words], **how, cwd=tmp_path, start_new_session=True))
         return parts[-1]
 
     yield begin
@@ -105,5 +125,21 @@ def test_scheduler_killed_is_one_line_and_the_next_run_completes(start, dask, ad
     start("again", "extract").succeeded()
     assert kept.items() <= cache.receipts.items()
     assert cache.tokens == extracted.tokens
+    cache.require_sound()
+    assert cache.left_over == []
+
+
+def test_four_workers_make_each_of_two_thousand_clips_once(start, dask, address, cache, sample, tmp_path):
+    lines = (sample / "all.csv").read_text().splitlines()
+    rows = [line.replace("clip_", f"{turn}-clip_", 1) for turn in range(134) for line in lines[1:]][:2000]
+    rows = [row.replace("videos/", f"{sample}/videos/").replace("boxes/", f"{sample}/boxes/") for row in rows]
+    (tmp_path / "many.csv").write_text("\n".join([lines[0], *rows]))
+    scheduler_at(dask, address)
+    workers_at(dask, address, 4)
+    options = ("--table", tmp_path / "many.csv", "--modality", "detections", "--shard-rows", 10)
+    start("all", "extract", "--scheduler", f"tcp://{address}", *options).succeeded()
+    made = [line.split() for line in (tmp_path / "made").read_text().splitlines()]
+    assert sorted(int(row) for _, row in made) == [*range(2000)]
+    assert len({worker for worker, _ in made}) == 4
     cache.require_sound()
     assert cache.left_over == []
