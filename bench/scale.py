@@ -132,7 +132,8 @@ def main() -> None:
         print(json.dumps({"clips": asked.clips, **found}))
         return
     for step, value in found.items():
-        print(f"{step:24}{value:8.2f} {'' if 'GiB' in step else 's':3}{f'asked {ASKED[step]:g}' if step in ASKED else ''}")
+        asked_for = f"s, asked {ASKED[step]:g}" if step in ASKED else "" if "GiB" in step else "s"
+        print(f"{step:24}{value:8.2f} {asked_for}")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def _read_weights(name: str, recipe: Recipe, weights: str) -> Mapping[str, Tenso
 def fetched(weights: WeightsEnum) -> Mapping[str, Tensor]:
     """Fetch torchvision's weights, or take them from its cache."""
     try:
-        return weights.get_state_dict(progress=False, check_hash=True)
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network; a download with another hash
         raise ConfigError(
             f"{weights.url}: cannot be fetched: {error}. Fetch it elsewhere and set weights to the file."

@@ -105,6 +105,23 @@ def test_disk_that_becomes_read_only_half_way_is_one_line_and_the_next_run_compl
     assert cache.tokens == extracted.tokens
 
 
+@pytest.mark.parametrize("command", ["train-teacher", "distill"])
+def test_disk_that_is_full_while_a_model_is_trained_is_one_line_and_room_makes_it_good(
+    start, clean, left, tmp_path, command
+):
+    shutil.copytree(clean, tmp_path / "cache")
+    options = ("--save-minutes", "0", "--resume") + (("--teacher", "none") if command == "distill" else ())
+    start("plain", command, "--runs", tmp_path / "plain-runs", *options).succeeded()
+    shutil.rmtree(tmp_path / "cache" / "logits", ignore_errors=True)
+    runs = ("--runs", tmp_path / "runs")
+    full = start("full", command, *runs, *options, before=FILE_SIZE.format(size=20_000))
+    require_clear_line(full, "CacheError: ", "cannot be written: File too large. Free space")
+    assert not [*tmp_path.glob("runs/*/result.json"), *tmp_path.glob("cache/logits/*")]
+    start("again", command, *runs, *options).succeeded()
+    ours, theirs = (next((tmp_path / name).iterdir()) for name in ("runs", "plain-runs"))
+    assert left(ours) == left(theirs)
+
+
 @pytest.mark.parametrize("where", ["a file/cache", "/dev/null/cache", "/proc/karmma/cache"])
 def test_folder_that_cannot_be_written_is_one_line(start, tmp_path, where):
     (tmp_path / "a file").write_text("not a folder")
