@@ -35,6 +35,11 @@ class Task:
         """Return units per second since the start."""
         return self.done / max(time.monotonic() - self.start, 1e-9)
 
+    def pace(self, unit: str = "") -> str:
+        """Return the rate as text, units per second; for what takes longer than a second, seconds for one."""
+        rate = self.rate()
+        return f"{1 / rate:.1f} s each" if 0 < rate < 1 else f"{rate:.1f}{unit}/s"
+
 
 class _Bar(Task):
     def __init__(self, name: str, total: int, unit: str, bars: Progress) -> None:
@@ -43,7 +48,7 @@ class _Bar(Task):
 
     def advance(self, n: int = 1, note: str = "") -> None:
         super().advance(n)
-        rate = f"{self.rate():.1f} {self.unit}/s"
+        rate = self.pace(f" {self.unit}")
         self._bars.update(self._id, advance=n, rate=rate, note=note or self._bars.tasks[self._id].fields["note"])
 
 
@@ -59,7 +64,7 @@ class _Lines(Task):
             return
         self._said = now
         left = f"{(self.total - self.done) / self.rate():.0f} s left" if self.done else "no rate yet"
-        text = f"{self.name}: {self.done}/{self.total} {self.unit}, {self.rate():.1f}/s, {left}"
+        text = f"{self.name}: {self.done}/{self.total} {self.unit}, {self.pace()}, {left}"
         sys.stderr.write(f"{text}  {note}".rstrip() + "\n")
 
 

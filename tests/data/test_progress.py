@@ -24,6 +24,13 @@ def test_plain_lines_tell_count_rate_and_time_left(clock, capsys):
     assert lines == ["extract: 30/40 clips, 5.0/s, 2 s left  shard 3", "extract: 40/40 clips, 5.0/s, 0 s left  shard 3"]
 
 
+def test_what_takes_longer_than_a_second_is_told_in_seconds_for_one(clock, capsys):
+    with progress.watched("sweep", 8, "epochs") as task:
+        clock[0] += 40
+        task.advance(2)
+    assert capsys.readouterr().err == "sweep: 2/8 epochs, 20.0 s each, 120 s left\n"
+
+
 def test_terminal_shows_a_bar_with_rate_time_left_and_note(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=out, force_terminal=True, width=160))
