@@ -233,3 +233,9 @@ def clean(launch: Callable[..., Running], sample: Path, tmp_path_factory: pytest
 def extracted(clean: Path) -> Files:
     """What lies in the cache that nobody disturbed."""
     return Files(clean)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Files:
+    """What lies in the cache that commands of this test fill."""
+    return Files(tmp_path / "cache")

@@ -26,7 +26,7 @@ def hostile(sample, tmp_path):
     return tmp_path / "hostile.csv"
 
 
-def test_whole_pipeline_takes_hostile_ids_for_text(start, hostile, files_of, tmp_path):
+def test_whole_pipeline_takes_hostile_ids_for_text(start, hostile, cache, tmp_path):
     where = ("--table", hostile, "--runs", tmp_path / "runs")
     start("extract", "extract", "--table", hostile).succeeded()
     start("teach", "train-teacher", *where).succeeded()
@@ -36,7 +36,7 @@ def test_whole_pipeline_takes_hostile_ids_for_text(start, hostile, files_of, tmp
     said = start("report", "report", run, "--table", hostile, "--into", tmp_path / "page").succeeded().said
     start("verify", "cache verify").succeeded()
     assert "\x1b[31m" not in said
-    files_of(tmp_path / "cache").require_sound()
+    cache.require_sound()
     made = [path for path in tmp_path.rglob("*") if path != hostile]
     assert len([path for path in (tmp_path / "inputs").rglob("*") if path.is_file()]) > 10
     assert not [path for path in made if MARK in str(path.relative_to(tmp_path)) or "script" in path.name]

@@ -61,11 +61,6 @@ def address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-@pytest.fixture
-def cache(files_of, tmp_path):
-    return files_of(tmp_path / "cache")
-
-
 def scheduler_at(dask, address):
     return dask("scheduler", "--host", address, "--no-dashboard", "--no-show")
 

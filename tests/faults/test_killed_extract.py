@@ -21,12 +21,6 @@ Leases.give_back = killed
 """
 
 
-@pytest.fixture
-def cache(files_of, tmp_path):
-    """What lies in the cache of this test."""
-    return files_of(tmp_path / "cache")
-
-
 def leases_of(receipts):
     """Return the leases under which shards with these receipts were made."""
     return {f"{path.parts[-4]}/{path.parts[-3]}/view0-{path.stem}" for path in receipts}

@@ -38,8 +38,7 @@ def test_zarr_loses_rows_in_silence_where_several_write_one_shard(tmp_path):
     assert min(rows_left(tmp_path / f"{n}.zarr") for n in range(2)) < N_ROWS
 
 
-def test_four_commands_that_want_one_shard_lose_nothing_and_make_no_row_twice(start, files_of, extracted, tmp_path):
-    cache = files_of(tmp_path / "cache")
+def test_four_commands_that_want_one_shard_lose_nothing_and_make_no_row_twice(start, cache, extracted):
     commands = [start(f"writer{at}", "extract", "--shard-rows", 15) for at in range(N_WRITERS)]
     made = [row for command in commands for row in command.succeeded().made]
     assert len(made) == len({*made}) == 30
