@@ -108,6 +108,7 @@ def test_file_system_that_fills_up_is_one_line_and_room_makes_it_good(
     assert cache.tokens == extracted.tokens
 
 
+@pytest.mark.slow
 def test_cache_that_is_read_only_takes_no_logits_and_the_training_is_not_lost(start, clean, mounted, tmp_path):
     mounted("size=16m")
     shutil.copytree(clean, tmp_path / "cache", dirs_exist_ok=True)
@@ -130,7 +131,7 @@ def test_disk_that_becomes_read_only_half_way_is_one_line_and_the_next_run_compl
     assert cache.tokens == extracted.tokens
 
 
-@pytest.mark.parametrize("command", ["train-teacher", "distill"])
+@pytest.mark.parametrize("command", ["train-teacher", pytest.param("distill", marks=pytest.mark.slow)])
 def test_disk_that_is_full_while_a_model_is_trained_is_one_line_and_room_makes_it_good(
     start, clean, left, tmp_path, command
 ):
