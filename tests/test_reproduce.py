@@ -97,7 +97,7 @@ def column(label, mean, *rates):
     """A model whose accuracy is `mean` in every subset, and `rates` at 0, 30 and 90 percent missing."""
     accuracy = {subset: {"action": mean} for subset in ("V+A", "V", "A")}
     return label, Column(
-        label, ("run",), accuracy, {}, dict(zip((0.0, 0.3, 0.9), ((rate, 0.0) for rate in rates), strict=True))
+        label, ("run", "other"), accuracy, {}, dict(zip((0.0, 0.3, 0.9), ((rate, 0.01) for rate in rates), strict=True))
     )
 
 
@@ -107,15 +107,18 @@ def column(label, mean, *rates):
         ((0.6, 0.9, 0.8, 0.7), ["holds"] * 5),
         ((0.6, 0.9, 0.71, 0.49), ["holds", "**fails**", "holds", "holds", "**fails**"]),
         ((0.4, 0.9, 0.8, 0.7), ["**fails**", "holds", "holds", "holds", "holds"]),
+        # A standard error is 0.01 over the mean of two runs a side: 0.02 is the least that is shown.
+        ((0.515, 0.9, 0.715, 0.7), ["**not shown**", "**not shown**", "holds", "holds", "holds"]),
+        ((0.53, 0.9, 0.73, 0.7), ["holds", "holds", "holds", "holds", "holds"]),
     ],
 )
 def test_claims_hold_or_fail_by_the_numbers(bench, student, expected):
-    columns = dict([
-        column("KARMMA_S", *student),
-        column("Baseline w/ delta", 0.5, 0.85, 0.7, 0.5),
-        column("Baseline", 0.4, 0.9, 0.6, 0.3),
-    ])  # fmt: skip
-    rows = bench["claims"].claims(columns, [])
+    models = {
+        "KARMMA_S": student, "Baseline w/ delta": (0.5, 0.85, 0.7, 0.5), "Baseline": (0.4, 0.9, 0.6, 0.3)
+    }  # fmt: skip
+    columns = dict(column(label, *numbers) for label, numbers in models.items())
+    means = {label: [mean - 0.01 / 2**0.5, mean + 0.01 / 2**0.5] for label, (mean, *_) in models.items()}
+    rows = bench["claims"].claims(columns, means, [])
     assert [row[2] for row in rows] == expected
 
 
@@ -125,7 +128,8 @@ def test_more_than_half_of_the_teachers_gflops_fails(bench):
         return Efficiency(name, 1, 0, None, "ignore", (), {}, rows, {})
 
     columns = dict(column(label, 0.5, 0.9, 0.8, 0.7) for label in ("KARMMA_S", "Baseline w/ delta", "Baseline"))
-    said = [bench["claims"].claims(columns, [model("t", 10, 6), model("s", 5, part)])[-1] for part in (3, 3.1)]
+    means = {label: [0.5] for label in columns}
+    said = [bench["claims"].claims(columns, means, [model("t", 10, 6), model("s", 5, part)])[-1] for part in (3, 3.1)]
     assert [row[2] for row in said] == ["holds", "**fails**"]
     assert "51.7 % (V)" in said[1][1]
 

@@ -76,9 +76,14 @@ def evaluations(found: Results, steps: Sequence[str]) -> list[Evaluation]:
     return [Evaluation.parsed(found[step]["evaluation"]) for step in steps]
 
 
+def main_steps(found: Results) -> list[str]:
+    """Return the steps of the four students of Tab. 1, those that are there."""
+    return [step for variant in VARIANTS for step in sorted(found) if step.startswith(f"{variant}-")]
+
+
 def main_columns(found: Results) -> list[Column]:
-    """Return the four students of Tab. 1, each over its seeds, those that are there."""
-    steps = [step for variant in VARIANTS for step in sorted(found) if step.startswith(f"{variant}-")]
+    """Return the four students of Tab. 1, each over its seeds."""
+    steps = main_steps(found)
     return compare(evaluations(found, steps)) if steps else []
 
 
@@ -258,8 +263,11 @@ def _labels(found: Results) -> str:
 
 def _claims(found: Results) -> str:
     columns = {column.label: column for column in main_columns(found)}
-    rows = claims(columns, costs(found) if "efficiency" in found else [])
-    return table(["expected", "found", ""], rows)
+    means: dict[str, list[float]] = {}
+    for run in evaluations(found, main_steps(found)):
+        means.setdefault(run.label, []).append(statistics.fmean(row.accuracy[ACTION] for row in run.of("all")))
+    rows = claims(columns, means, costs(found) if "efficiency" in found else [])
+    return table(["expected", "found, ± standard error", ""], rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
