@@ -11,7 +11,7 @@ import numpy as np
 
 from .cache import Cache
 from .config import digest
-from .errors import CacheError
+from .errors import CacheError, printable
 from .inventory import logit_names
 from .modality import MODALITIES, PRESENT, STATE_NAMES, UNWRITTEN
 from .publish import read_json
@@ -35,7 +35,7 @@ class Damage:
     def __str__(self) -> str:
         """Return it as one line."""
         some = f"; {len(self.clips)} clips: {', '.join(self.clips[:5])}" if self.clips else ""
-        return f"{self.file}: {self.reason}{some}{', ...' if len(self.clips) > 5 else ''}"
+        return printable(f"{self.file}: {self.reason}{some}{', ...' if len(self.clips) > 5 else ''}")
 
 
 class _DamageError(CacheError):
