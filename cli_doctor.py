@@ -45,9 +45,9 @@ def doctor(
         out.print(json.dumps([asdict(each) for each in needs]), soft_wrap=True, markup=False, highlight=False)
         return
     header, *rows = side_by_side(needs)
-    shown = Table(
-        *(Text(printable(name)) for name in header), title=f"at {tflops:g} TFLOPS sustained", title_justify="left"
-    )
+    shown = Table(title=f"at {tflops:g} TFLOPS sustained", title_justify="left")
+    for name in header:  # as text: brackets in a path are no markup
+        shown.add_column(Text(printable(name)))
     for row in rows:
         shown.add_row(*row)
     out.print(shown)
