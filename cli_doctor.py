@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from .cli_options import Settings, out, tell, with_options
+from .data.errors import printable
 
 
 @with_options("data", "extract", "teacher", "student", needs_clips=False)
@@ -19,7 +21,9 @@ def doctor(
     ] = False,
     tflops: Annotated[
         float,
-        typer.Option(min=0.001, help="10^12 operations a second that a GPU sustains (ours: a third of an A100)"),
+        typer.Option(
+            min=0.001, max=1e9, help="10^12 operations a second that a GPU sustains (ours: a third of an A100)"
+        ),
     ] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON value instead of a table")] = False,
 ) -> None:
@@ -41,7 +45,9 @@ def doctor(
         out.print(json.dumps([asdict(each) for each in needs]), soft_wrap=True, markup=False, highlight=False)
         return
     header, *rows = side_by_side(needs)
-    shown = Table(*header, title=f"at {tflops:g} TFLOPS sustained", title_justify="left")
+    shown = Table(title=f"at {tflops:g} TFLOPS sustained", title_justify="left")
+    for name in header:  # as text: brackets in a path are no markup
+        shown.add_column(Text(printable(name)))
     for row in rows:
         shown.add_row(*row)
     out.print(shown)

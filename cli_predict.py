@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .cli_options import SOME_FAILED, Settings, out, tell, tell_some, with_options
 from .data.config import DataConfig
-from .data.errors import ConfigError, MediaError
+from .data.errors import ConfigError, MediaError, printable
 from .data.modality import letters
 from .data.progress import watched
 from .data.runs import RunFolder, latest_run
@@ -208,9 +208,9 @@ def _print(said: "list[Prediction]", top: int, most: int) -> None:
         table.add_column(Text(head))
     for one in said[:most]:
         ranked = [*(one.top(head, top) for head in one), *([joined_actions(one, top)] if with_action else [])]
-        cells = [Text("\n".join(f"{prob:6.1%} {name}" for name, prob in found)) for found in ranked]
+        cells = [Text("\n".join(f"{prob:6.1%} {printable(name)}" for name, prob in found)) for found in ranked]
         span = "all" if one.stop_s is None else f"{one.start_s:.2f} - {one.stop_s:.2f}"
-        table.add_row(Text(one.path), span, letters(one.present), *cells, end_section=top > 1)
+        table.add_row(Text(printable(one.path)), span, letters(one.present), *cells, end_section=top > 1)
     out.print(table)
     if len(said) > most:
         tell(f"and {len(said) - most} more")

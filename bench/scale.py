@@ -104,6 +104,7 @@ def measure(folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     assert select_stores(cache, table, data, {}).n_views == 1
     timed("table against receipts", start)
+    found["clips"] = cache.n_clips
     found["GiB, table and all"] = (held() - before) / 2**30
     return found
 
@@ -122,18 +123,20 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = asked.folder or Path(name)
-        if not (folder / "cache").exists():
-            folder.mkdir(exist_ok=True)
+        if asked.folder is None or not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
             simulate(folder, asked.clips)
         command = [sys.executable, __file__, "--once", "--folder", str(folder)]
         rounds = [json.loads(subprocess.check_output(command)) for _ in range(asked.repeats)]
+        if rounds[0]["clips"] != asked.clips:
+            raise SystemExit(f"{folder}: holds {rounds[0]['clips']} clips, not {asked.clips}. Name another folder.")
     found = {step: statistics.median(each[step] for each in rounds) for step in rounds[0]}
     if asked.json:
-        print(json.dumps({"clips": asked.clips, **found}))
+        print(json.dumps(found))
         return
     for step, value in found.items():
-        asked_for = f"s, asked {ASKED[step]:g}" if step in ASKED else "" if "GiB" in step else "s"
-        print(f"{step:24}{value:8.2f} {asked_for}")
+        asked_for = f"s, asked {ASKED[step]:g}" if step in ASKED else "" if "GiB" in step or step == "clips" else "s"
+        print(f"{step:24}{value:10.10g} {asked_for}" if step == "clips" else f"{step:24}{value:10.2f} {asked_for}")
 
 
 if __name__ == "__main__":

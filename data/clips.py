@@ -11,7 +11,7 @@ import pyarrow as pa
 from .annotations import INTEGER, RATES, SOURCES, SPLITS, ClipTable
 from .config import DataConfig
 from .epic import is_epic, read_epic
-from .errors import ConfigError, TableError, nearest
+from .errors import ConfigError, TableError, nearest, printable
 from .places import place
 from .something import read_something
 from .splits import hold_out, prune
@@ -37,7 +37,8 @@ class BadRow:
 
     def __str__(self) -> str:
         """Return it as one line."""
-        return f"{self.path}, {self.unit} {self.line}, {' '.join(self.clip_id.split()) or 'no clip_id'}: {self.reason}"
+        named = printable(self.clip_id) or "no clip_id"
+        return f"{self.path}, {self.unit} {self.line}, {named}: {self.reason}"
 
 
 def read_clip_table(path: Path, heads: tuple[str, ...]) -> ClipTable:

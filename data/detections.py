@@ -32,6 +32,8 @@ HAND, OBJECT = 1, 2
 # A key with a list: a video, unless it is one of the lists that a frame has.
 LIST = re.compile(rb'"([^"\\]+)"\s*:\s*\[')
 FRAME_LISTS = (b"labels", b"gt_placeholders")
+MOST = 1e6  # frames a second, and pixels a side: what is more is no number of a video
+MOST_DIGITS = 12  # of a frame's number
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,10 @@ def _read_part(path: Path, names: Sequence[str]) -> Boxes | None:
         size = (int(head["width"]), int(head["height"])) if "width" in head else None
         numbered = {_number(frame, place): _rows(frame) for place, frame in enumerate(frames)}
         fps = float(head.get("fps", OFFICIAL_FPS))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise MediaError(f"{path}: not boxes in the form of Something-Else: {error!r}. Correct the file.") from None
-    if not fps > 0 or (size is not None and min(size) < 1):
-        raise MediaError(f"{path}: fps = {fps}, size = {size}, expected positive numbers. Correct the file.")
+    if not 0 < fps < MOST or (size is not None and not 0 < min(size) <= max(size) < MOST):
+        raise MediaError(f"{path}: fps = {fps:g}, size = {size}, expected positive numbers. Correct the file.")
     return Boxes(path, fps, size, numbered)
 
 
@@ -154,7 +156,7 @@ def _slice(path: Path, start: int, end: int) -> Any:
 
 def _number(frame: Mapping[str, Any], place: int) -> int:
     stem = PurePosixPath(frame.get("name", "")).stem
-    return int(stem) - 1 if stem.isdecimal() else place
+    return int(stem) - 1 if stem.isdecimal() and len(stem) <= MOST_DIGITS else place
 
 
 def _rows(frame: Mapping[str, Any]) -> np.ndarray:
@@ -168,8 +170,8 @@ def _rows(frame: Mapping[str, Any]) -> np.ndarray:
         for label in frame.get("labels", ())
     ]
     table = np.array(rows, np.float64).reshape(-1, 6)
-    if not np.isfinite(table).all():
-        raise ValueError("a box or score that is not a finite number")
+    if not (np.abs(table) < MOST**2).all():
+        raise ValueError("a box or score that is not a finite number, or beyond any picture")
     return table[np.argsort(-table[:, 4], kind="stable")]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 # A message that quotes a name of 10,000 characters is cut in its middle: its beginning and its end say what to do.
-LONGEST = 2000
+LONGEST, CUT = 2000, " ... "
 
 
 def printable(text: str) -> str:
@@ -20,8 +20,8 @@ class KarmmaError(Exception):
     """Base of all errors that the command line shows as one line, without a traceback."""
 
     def __init__(self, message: str) -> None:
-        line, half = printable(message), LONGEST // 2
-        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}")
+        line, half = printable(message), (LONGEST - len(CUT)) // 2
+        super().__init__(line if len(line) <= LONGEST else f"{line[:half]}{CUT}{line[-half:]}")
 
 
 class ConfigError(KarmmaError, ValueError):

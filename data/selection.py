@@ -26,8 +26,8 @@ class Selection:
 def select_stores(cache: Cache, table: ClipTable, data: DataConfig, chosen: Mapping[str, str]) -> Selection:
     """Find for each of data.modalities the one complete store whose inputs are those of `data`.
 
-    chosen: modality -> digest, where a cache has several.  A modality of which no clip is there is left out with the
-    reason.  Raises IncompleteCacheError for one of which some clips are there or if there is none, StaleCacheError for
+    chosen: modality -> digest, where a cache has several.  A modality that was never extracted is left out with the
+    reason.  Raises IncompleteCacheError for one that is not complete or if there is none, StaleCacheError for
     one that was extracted under other settings, CacheError for several that fit, naming the differences.
     """
     selection = Selection()
@@ -47,7 +47,7 @@ def select_stores(cache: Cache, table: ClipTable, data: DataConfig, chosen: Mapp
             continue
         n = min(missing.values(), default=table.n_clips)
         said = f"{n} of {table.n_clips} clips are not extracted as the table has them"
-        if n < table.n_clips:  # begun, or damaged since: to go on without it would pass for what was asked
+        if asked:  # begun, or damaged since: to go on without it would pass for what was asked
             raise IncompleteCacheError(
                 f"{cache.path}: {modality}: {said}. Run karmma extract, or name the other modalities with --modality."
             )

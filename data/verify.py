@@ -1,6 +1,7 @@
 """Is every byte of a cache what was written?  Shards against the checksums of their receipts, logits against theirs."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 
 from .cache import Cache
 from .config import digest
-from .errors import CacheError
+from .errors import CacheError, printable
 from .inventory import logit_names
 from .modality import MODALITIES, PRESENT, STATE_NAMES, UNWRITTEN
 from .publish import read_json
@@ -20,6 +21,7 @@ from .stores import LogitStore, TokenStore
 
 # Hashing frees the interpreter, so two threads keep two cores, or a disk, busy.
 N_THREADS = 2
+LOOKS, LOOK_AGAIN_S = 4, 0.5
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Damage:
     def __str__(self) -> str:
         """Return it as one line."""
         some = f"; {len(self.clips)} clips: {', '.join(self.clips[:5])}" if self.clips else ""
-        return f"{self.file}: {self.reason}{some}{', ...' if len(self.clips) > 5 else ''}"
+        return printable(f"{self.file}: {self.reason}{some}{', ...' if len(self.clips) > 5 else ''}")
 
 
 class _DamageError(CacheError):
@@ -62,12 +64,16 @@ class FirstSight:
                 self._sound.add((modality, view, shard))
 
     def _look(self, modality: str, store: TokenStore, view: int, shard: int) -> None:
-        receipt = self.cache.receipt(modality, store.path.stem, view, shard)
-        try:
-            _whole(store, view, shard, receipt)
-        except _DamageError as error:
-            found = Damage(error.file, error.reason, _clips(self.cache, store, shard, receipt))
-            raise CacheError(f"{found}. Run karmma cache verify --drop, then karmma extract.") from None
+        for again in range(LOOKS):
+            receipt = self.cache.receipt(modality, store.path.stem, view, shard)
+            try:
+                _whole(store, view, shard, receipt)
+                return
+            except _DamageError as error:
+                found = Damage(error.file, error.reason, _clips(self.cache, store, shard, receipt))
+            if again < LOOKS - 1:  # a shard that is just being made anew has another receipt, or none
+                time.sleep(LOOK_AGAIN_S)
+        raise CacheError(f"{found}. Run karmma cache verify --drop, then karmma extract.")
 
 
 def count_shards(cache: Cache) -> int:

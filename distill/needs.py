@@ -80,7 +80,7 @@ def need(
     student: StudentConfig,
     tflops: float,
 ) -> Need:
-    """Return what a data set needs.
+    """Return what a data set needs, with its own modalities and classes, under these settings.
 
     tflops: operations, in 10^12 a second, that a GPU sustains.  Nothing is built but on the meta device.
     """
@@ -97,7 +97,8 @@ def need(
         found.name,
         found.n_train + found.n_other,
         a_clip * n_made / 1e9,
-        BYTES_LOGIT * sum(found.n_classes.values()) * n_made / 1e9,
+        # A place for each view of every clip, used or not.
+        BYTES_LOGIT * sum(found.n_classes.values()) * (found.n_train + found.n_other) * extract.views / 1e9,
         (_gflops(whole) - head) * n_made / per_hour,
         head * seen * teacher.epochs / per_hour,
         tflops * 1e3 / (BACKWARD * head) * a_clip / 1e9,

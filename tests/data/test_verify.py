@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from karmma.data import verify as module
 from karmma.data.cache import RECEIPT, Cache
 from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig, digest
@@ -17,7 +18,7 @@ from karmma.data.identity import token_identity
 from karmma.data.modality import ABSENT, FAILED, PRESENT
 from karmma.data.stores import LogitStore, TokenStore
 from karmma.data.transfer import fill_rows
-from karmma.data.verify import Damage, count_shards, verify
+from karmma.data.verify import Damage, FirstSight, count_shards, verify
 
 # Ten clips in shards of four, two views of those that train; shard 1 holds c4 to c7.
 N_CLIPS, STATES = 10, {1: ABSENT, 5: FAILED}
@@ -235,3 +236,29 @@ def test_damage_is_one_line_that_names_five_clips_at_most():
     some, many = (Damage(Path("x"), "fails its checksum", tuple(f"c{i}" for i in range(n))) for n in (5, 7))
     assert str(some) == "x: fails its checksum; 5 clips: c0, c1, c2, c3, c4"
     assert str(many) == "x: fails its checksum; 7 clips: c0, c1, c2, c3, c4, ..."
+
+
+def first_sight(cache, *rows):
+    """Have the shards of some rows looked at, as a training does before it reads them."""
+    check = FirstSight(cache, {"audio": TokenStore.open(store_of(cache))})
+    check("audio", np.array(rows), 0)
+    return check
+
+
+def test_first_sight_refuses_damage_in_the_shards_that_are_read_and_in_no_other(cache, monkeypatch):
+    monkeypatch.setattr(module, "LOOK_AGAIN_S", 0.01)
+    flip(shard_files(cache)[0], 5)
+    with pytest.raises(CacheError, match=r"tokens/c/1/0/0/0: fails its checksum; 4 clips: c4, c5, c6, c7\. Run karmma"):
+        first_sight(cache, 1, 6)
+    check = first_sight(cache, 0, 3, 9)
+    flip(shard_files(cache, 0)[0], 5)
+    check("audio", np.array([0]), 0)  # once is enough
+
+
+@pytest.mark.parametrize("gone", ["receipt", "tokens"])
+def test_first_sight_of_a_shard_that_is_being_made_anew_looks_again(cache, monkeypatch, gone):
+    file = receipt_file(cache) if gone == "receipt" else shard_files(cache)[0]
+    data = file.read_bytes()
+    file.unlink()
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: file.write_bytes(data))
+    first_sight(cache, 5)

@@ -166,7 +166,7 @@ BOMBS = {
     deep_boxes: (("detections",), 1),
     huge_numbers: (("detections",), 1),
 }
-SLOW, SOUND_AFTER_ALL = (large_png, wide_chunk), (large_png, wide_chunk, huge_numbers)
+SLOW = (large_png, wide_chunk)  # and sound after all: they fit into the memory of a reader
 
 
 @pytest.mark.parametrize("bomb", [pytest.param(b, marks=pytest.mark.slow) if b in SLOW else b for b in BOMBS])
@@ -179,6 +179,6 @@ def test_bomb_fails_its_clip_with_bounded_memory_and_leaves_the_next_clip_alone(
         assert time.monotonic() - start < 60
     for reading in found.values():
         assert reading.array is None or np.isfinite(reading.array).all()
-    assert (FAILED in {reading.state for reading in found.values()}) == (bomb not in SOUND_AFTER_ALL)
+    assert (FAILED in {reading.state for reading in found.values()}) == (bomb not in SLOW)
     assert after["video"].state == PRESENT
     assert watched[0] < most_gb * 2**30

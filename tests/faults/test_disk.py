@@ -74,25 +74,51 @@ def test_disk_with_no_room_at_all_is_one_line(start, files_of, tmp_path):
     assert files_of(tmp_path / "cache").below() == {}
 
 
+@pytest.fixture
+def mounted(tmp_path):
+    """Return a function that mounts a file system in memory as the cache of this test, or mounts it otherwise."""
+    cache, is_there = tmp_path / "cache", []
+    cache.mkdir()
+
+    def mount(options):
+        how = f"{'remount,' if is_there else ''}{options}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", cache], capture_output=True)
+        if done.returncode and not is_there:
+            pytest.skip("needs the right to mount a file system in memory")
+        assert done.returncode == 0, done.stderr
+        is_there.append(True)
+
+    yield mount
+    if is_there:
+        subprocess.run(["umount", cache], check=True)
+
+
 @pytest.mark.parametrize("room_kb", [16, 64, 128, 160])
-def test_file_system_that_fills_up_is_one_line_and_room_makes_it_good(start, extracted, files_of, tmp_path, room_kb):
+def test_file_system_that_fills_up_is_one_line_and_room_makes_it_good(
+    start, extracted, mounted, files_of, tmp_path, room_kb
+):
     cache = files_of(tmp_path / "cache")
-    cache.cache.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={room_kb}k", "tmpfs", cache.cache], capture_output=True
-    )
-    if mount.returncode:
-        pytest.skip("needs the right to mount a file system in memory")
-    try:
-        require_clear_line(start("full", "extract"), "CacheError: ", "cannot be written: No space left on device. Free")
-        cache.require_sound()
-        assert cache.left_over == []
-        subprocess.run(["mount", "-o", "remount,size=16m", cache.cache], check=True)
-        start("again", "extract").succeeded()
-        cache.require_sound()
-        assert cache.tokens == extracted.tokens
-    finally:
-        subprocess.run(["umount", cache.cache], check=True)
+    mounted(f"size={room_kb}k")
+    require_clear_line(start("full", "extract"), "CacheError: ", "cannot be written: No space left on device. Free")
+    cache.require_sound()
+    assert cache.left_over == []
+    mounted("size=16m")
+    start("again", "extract").succeeded()
+    cache.require_sound()
+    assert cache.tokens == extracted.tokens
+
+
+@pytest.mark.slow
+def test_cache_that_is_read_only_takes_no_logits_and_the_training_is_not_lost(start, clean, mounted, tmp_path):
+    mounted("size=16m")
+    shutil.copytree(clean, tmp_path / "cache", dirs_exist_ok=True)
+    mounted("ro")
+    train = ("train-teacher", "--runs", tmp_path / "runs", "--resume")
+    require_clear_line(start("refused", *train), "CacheError: ", "cannot be written: Read-only file system")
+    mounted("rw")
+    again = start("again", *train).succeeded()
+    assert "steps, " not in again.said  # all of them were made before
+    assert [path.name for path in (tmp_path / "cache/logits").iterdir()]
 
 
 def test_disk_that_becomes_read_only_half_way_is_one_line_and_the_next_run_completes(start, extracted, cache):
@@ -105,7 +131,7 @@ def test_disk_that_becomes_read_only_half_way_is_one_line_and_the_next_run_compl
     assert cache.tokens == extracted.tokens
 
 
-@pytest.mark.parametrize("command", ["train-teacher", "distill"])
+@pytest.mark.parametrize("command", ["train-teacher", pytest.param("distill", marks=pytest.mark.slow)])
 def test_disk_that_is_full_while_a_model_is_trained_is_one_line_and_room_makes_it_good(
     start, clean, left, tmp_path, command
 ):

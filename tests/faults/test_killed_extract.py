@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from itertools import count
 
 import pytest
 from karmma.data.cache import Cache
@@ -42,18 +43,24 @@ def require_same(cache, extracted):
     assert cache.left_over == []
 
 
-def survive(start, extracted, cache, waits, n_processes=1):
-    """Start the command again and again, kill it as each of `waits` ends, and let the last one finish."""
-    for n, wait in enumerate(waits):
+def survive(start, extracted, cache, wait, n_kills, n_processes=1):
+    """Start the command again and again, kill it as `wait` ends, so often in all, and let the last one finish."""
+    n_killed = 0
+    for n in count():
         if len(cache.receipts) == len(extracted.receipts):  # else the rest would be killed for nothing
             cache.drop_receipts(9, seed=n)
         kept = cache.receipts
         running = [start(f"run{n}-{at}", "extract") for at in range(n_processes)]
-        wait(running[0])
+        wait(running[0], n)
         for one in running:
             one.kill(alone=n % 2 == 1)
         require_kept(cache, kept, *(one.made for one in running))
         cache.require_sound()
+        codes = {one.process.exitcode for one in running}
+        assert codes <= {0, -signal.SIGKILL}
+        n_killed += -signal.SIGKILL in codes
+        if n_killed == n_kills:
+            break
     kept = cache.receipts
     last = start("last", "extract").succeeded()
     require_kept(cache, kept, last.made)
@@ -64,28 +71,30 @@ def survive(start, extracted, cache, waits, n_processes=1):
 def test_killed_at_three_instants_and_run_again_gives_the_bytes_of_one_clean_run(start, extracted, cache):
     draw = random.Random(4)
 
-    def wait_for(n_receipts):
-        def wait(running):
-            running.until(lambda: len(cache.receipts) >= n_receipts)
-            time.sleep(draw.uniform(0, 0.1))
+    def wait(running, n):
+        n_receipts = (0, 1, 6)[min(n, 2)]
+        running.until(lambda: len(cache.receipts) >= n_receipts)
+        time.sleep(draw.uniform(0, 0.1))
 
-        return wait
-
-    survive(start, extracted, cache, [wait_for(0), wait_for(1), wait_for(6)])
+    survive(start, extracted, cache, wait, n_kills=3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n_processes", "longest_s"), [(1, 4), (4, 8)])
+@pytest.mark.parametrize("n_processes", [1, 4])
 def test_killed_at_thirty_random_instants_gives_the_bytes_of_one_clean_run(
-    start, extracted, cache, n_processes, longest_s
+    start, extracted, cache, launch, sample, tmp_path, n_processes
 ):
-    draw = random.Random(n_processes)
+    draw, begun_s = random.Random(n_processes), time.monotonic()
+    plain = ("--config", sample / "settings.toml", "--cache", tmp_path / "plain")
+    for running in [launch(tmp_path / f"plain{at}", "extract", *plain) for at in range(n_processes)]:
+        running.succeeded()
+    longest_s = time.monotonic() - begun_s
 
-    def wait(running):
-        end = time.monotonic() + draw.uniform(0, longest_s)
-        running.until(lambda: time.monotonic() > end)
+    def wait(running, n):
+        end_s = time.monotonic() + draw.uniform(0, longest_s)
+        running.until(lambda: time.monotonic() > end_s)
 
-    survive(start, extracted, cache, [wait] * 30, n_processes)
+    survive(start, extracted, cache, wait, 30, n_processes)
 
 
 def test_lease_of_a_process_killed_after_the_last_receipt_does_not_stay(start, clean, extracted, cache):

@@ -72,6 +72,7 @@ def test_source_calls_nothing_that_runs_or_unpacks_what_a_file_says(path):
             assert given.get("weights_only") is True, f"{path}:{call.lineno}"
 
 
+@pytest.mark.slow
 def test_whole_pipeline_writes_no_pickle(start, launch, tmp_path):
     runs = ("--runs", tmp_path / "runs")
     start("extract", "extract").succeeded()
