@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".h5", ".hdf5")
 RATE_NAMES = ("sample_rate", "sr")
+MOST_HZ = 1e7
 
 
 def split_pack(path: Path) -> tuple[Path, str] | None:
@@ -119,11 +120,11 @@ class PackedPictures(_Packed):
         import h5py
 
         source = self._open()
-        if isinstance(source, h5py.Dataset):
-            return np.arange(1, len(source) + 1)
+        with intact(self.path):
+            if isinstance(source, h5py.Dataset):
+                return np.arange(1, len(source) + 1)
+            found = [] if self._names else [re.fullmatch(r".*?([0-9]+)(\.\w+)?", str(name)) for name in source]
         if not self._names:
-            with intact(self.path):
-                found = [re.fullmatch(r".*?([0-9]+)(\.\w+)?", str(name)) for name in source]
             self._names = {int(match[1]): match[0] for match in found if match}
         return np.array(sorted(self._names), np.int64)
 
@@ -151,8 +152,9 @@ class PackedPictures(_Packed):
 
         if self._source is None:
             found = self._found()
-            if isinstance(found, h5py.Dataset) and found.ndim != 1:
-                raise MediaError(f"{self.path}: has shape {found.shape}, expected one encoded picture an element.")
+            with intact(self.path):
+                if isinstance(found, h5py.Dataset) and found.ndim != 1:
+                    raise MediaError(f"{self.path}: has shape {found.shape}, expected one encoded picture an element.")
             self._source = found
         return self._source
 
@@ -170,7 +172,9 @@ class PackedSound(_Packed):
     @property
     def has_sound(self) -> bool:
         """Whether there is any sample."""
-        return self._found().size > 0
+        found = self._found()
+        with intact(self.path):
+            return getattr(found, "size", 1) > 0  # what is no dataset has to be said, when it is read
 
     def sound_frames(self, from_s: float) -> "Iterator[tuple[float, av.AudioFrame]]":
         """Yield (time, frame) of a second each, mono, the first at or before `from_s`; only these are read."""
@@ -178,9 +182,10 @@ class PackedSound(_Packed):
         import h5py
 
         self.broken, dataset = "", self._found()
-        if not isinstance(dataset, h5py.Dataset) or dataset.ndim not in (1, 2) or dataset.dtype.kind not in "fi":
-            raise MediaError(f"{self.path}: expected a dataset of samples, [n] or [channels, n]. Correct the path.")
-        hz = self._hz(dataset)
+        with intact(self.path):
+            if not isinstance(dataset, h5py.Dataset) or dataset.ndim not in (1, 2) or dataset.dtype.kind not in "fi":
+                raise MediaError(f"{self.path}: expected a dataset of samples, [n] or [channels, n]. Correct the path.")
+            hz = self._hz(dataset)
         along = int(np.argmax(dataset.shape))
         for start in range(int(max(from_s, 0.0)) * hz, dataset.shape[along], hz):
             with intact(self.path):
@@ -197,5 +202,6 @@ class PackedSound(_Packed):
         stated = self._given or next((dataset.attrs[name] for name in RATE_NAMES if name in dataset.attrs), None)
         if stated is None:
             raise MediaError(f"{self.path}: does not say its samples a second. Set audio_hz.")
-        with intact(self.path):
-            return round(float(stated))
+        if not 1 <= float(stated) <= MOST_HZ:
+            raise MediaError(f"{self.path}: says {stated} samples a second, expected 1 to {MOST_HZ:.0e}. Set audio_hz.")
+        return round(float(stated))

@@ -310,3 +310,20 @@ def test_real_something_else_frames_have_all_numbers(shared_data):
             frames = list(frames_at(film, np.arange(n_files) / 12))
             assert len(frames) == n_files
             Converter().rgb(frames[-1].frame)
+
+
+@pytest.mark.parametrize("stated", [0, -5, 1e300, float("nan"), float("inf")])
+def test_pack_of_sound_that_states_no_possible_rate_says_so(tmp_path, stated):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("a", data=np.zeros(100, np.float32)).attrs["sample_rate"] = stated
+    with PackedSound(Path(f"{tmp_path}/a.h5::a"), None) as sound, pytest.raises(MediaError, match="samples a second"):
+        next(sound.sound_frames(0.0))
+
+
+def test_group_in_the_place_of_sound_says_so(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("a")
+    with PackedSound(Path(f"{tmp_path}/a.h5::a"), 16_000) as sound:
+        assert sound.has_sound
+        with pytest.raises(MediaError, match="expected a dataset of samples"):
+            next(sound.sound_frames(0.0))
