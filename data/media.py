@@ -23,6 +23,8 @@ SEEK_BACK_S = (0.0, 2.0, 10.0)
 FAR_S = 4.0
 # Larger than any camera's picture; FFmpeg would allocate whatever a damaged header asks for.
 MOST_PIXELS = 2**27
+# Formats that are lists of other files: what a clip's file says must not choose which files are read.
+LISTS = {"concat", "concatf", "hls", "dash", "image2", "imf"}
 # A file may state a duration this much longer than what it holds (rounding, delays) before it counts as cut short.
 STATED_SLACK_S = 0.5
 
@@ -102,6 +104,9 @@ class Media:
             container = av.open(self._source(), metadata_errors="replace")
         except av.error.FFmpegError as error:
             raise MediaError(f"{self.path}: not a media file: {cause(error)}. Fetch it again.") from None
+        if LISTS & {*container.format.name.split(",")}:
+            container.close()
+            raise MediaError(f"{self.path}: is a list of other files, not media. Name the files themselves.")
         for stream in (*container.streams.video, *container.streams.audio):
             if stream.codec_context is not None:
                 # One thread: where a damaged file breaks off must not depend on the machine.

@@ -182,3 +182,23 @@ def test_bomb_fails_its_clip_with_bounded_memory_and_leaves_the_next_clip_alone(
     assert (FAILED in {reading.state for reading in found.values()}) == (bomb not in SLOW)
     assert after["video"].state == PRESENT
     assert watched[0] < most_gb * 2**30
+
+
+@pytest.mark.parametrize("kind", ["ffconcat", "m3u8"])
+def test_file_that_names_other_files_is_refused(kind, tmp_path, sample):
+    with av.open(str(sample / "videos/clip_0000.mp4")) as film, av.open(str(tmp_path / "part.ts"), "w") as copy:
+        stream = copy.add_stream_from_template(film.streams.video[0])
+        for packet in film.demux(film.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                copy.mux(packet)
+    texts = {
+        "ffconcat": "ffconcat version 1.0\nfile part.ts\n",
+        "m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2,\npart.ts\n#EXT-X-ENDLIST\n",
+    }
+    (tmp_path / f"list.{kind}").write_text(texts[kind])
+    clip = Clip("list", tmp_path / f"list.{kind}", 0.0, 0.8, {}, "a")
+    with ReaderPool(1, DATA, patience_s=60) as pool:
+        (reading,) = pool.submit([(clip, 0, ("video",))])[0].result().values()
+    assert reading.state == FAILED
+    assert "is a list of other files" in reading.reason
