@@ -37,8 +37,7 @@ class BadRow:
 
     def __str__(self) -> str:
         """Return it as one line."""
-        named = printable(self.clip_id) or "no clip_id"
-        return f"{self.path}, {self.unit} {self.line}, {named}: {self.reason}"
+        return printable(f"{self.path}, {self.unit} {self.line}, {self.clip_id or 'no clip_id'}: {self.reason}")
 
 
 def read_clip_table(path: Path, heads: tuple[str, ...]) -> ClipTable:

@@ -259,10 +259,8 @@ class LogitStore:
 
     def require_sound(self) -> Self:
         """Return the store; raise CacheError, which names the arrays, unless all of it is what was written."""
-        if damaged := self.damaged():
-            raise CacheError(
-                f"{self.path}: not what was written: {', '.join(damaged)}. Run karmma cache verify --drop."
-            )
+        if wrong := ", ".join(self.damaged()):
+            raise CacheError(f"{self.path}: not what was written: {wrong}. Run karmma cache verify --drop.")
         return self
 
     def damaged(self) -> list[str]:

@@ -86,7 +86,7 @@ def need(
     """
     data = data.model_copy(update={"modalities": found.modalities})
     student = student.model_copy(update={"modalities": found.modalities})
-    n_made = found.n_train * extract.views + found.n_other
+    n_clips, n_made = found.n_train + found.n_other, found.n_train * extract.views + found.n_other
     whole = teacher_blueprint(data, extract, teacher, found.n_classes)
     cached = _cached(whole, extract.theta)
     a_clip = BYTES_TOKEN * sum(k * width for k, width in cached.imported.values())
@@ -95,10 +95,10 @@ def need(
     seen = BACKWARD * found.n_train
     return Need(
         found.name,
-        found.n_train + found.n_other,
+        n_clips,
         a_clip * n_made / 1e9,
         # A place for each view of every clip, used or not.
-        BYTES_LOGIT * sum(found.n_classes.values()) * (found.n_train + found.n_other) * extract.views / 1e9,
+        BYTES_LOGIT * sum(found.n_classes.values()) * n_clips * extract.views / 1e9,
         (_gflops(whole) - head) * n_made / per_hour,
         head * seen * teacher.epochs / per_hour,
         tflops * 1e3 / (BACKWARD * head) * a_clip / 1e9,

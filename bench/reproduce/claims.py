@@ -24,7 +24,7 @@ def claims(
     baseline, delta, student = columns[BASELINE], columns[DELTA], columns[STUDENT]
     rows = []
     for better, worse in ((student, delta), (delta, baseline)):
-        gap = _gap(*((statistics.fmean(found), _deviation(found), len(found)) for found in _of(means, better, worse)))
+        gap = _gap(_summary(means[better.label]), _summary(means[worse.label]))
         rows.append([f"{better.label} above {worse.label}, mean over subsets", _points(gap), _verdict([gap])])
         gaps = {
             rate: _gap(*((*column.rates[rate], len(column.runs)) for column in (better, worse)))
@@ -49,12 +49,9 @@ def claims(
     return rows
 
 
-def _of(means: Mapping[str, Sequence[float]], *columns: Column) -> list[Sequence[float]]:
-    return [means[column.label] for column in columns]
-
-
-def _deviation(found: Sequence[float]) -> float:
-    return statistics.stdev(found) if len(found) > 1 else 0.0
+def _summary(found: Sequence[float]) -> tuple[float, float, int]:
+    """Return mean, deviation (0 for a single run) and number of runs."""
+    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0, len(found)
 
 
 def _gap(better: tuple[float, float, int], worse: tuple[float, float, int]) -> tuple[float, float]:

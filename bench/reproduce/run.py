@@ -45,6 +45,7 @@ READS = {
     "distill": ("data", "student"),
     "report": ("data",),
 }
+SCRIPTS = ("tokens", "labels")  # steps that no command of karmma does
 COMMAND = "import sys; from karmma.cli import main; sys.argv[0] = 'karmma'; main()"
 
 
@@ -179,8 +180,7 @@ class Bench:
 
 
 def _program(words: Sequence[str]) -> list[str]:
-    script = HERE / f"{words[0]}.py"
-    return [str(script), *words[1:]] if script.exists() else ["-c", COMMAND, *words]
+    return [str(HERE / f"{words[0]}.py"), *words[1:]] if words[0] in SCRIPTS else ["-c", COMMAND, *words]
 
 
 def run_all(waiting: list[tuple[Bench, Step]]) -> None:
