@@ -58,7 +58,8 @@ class Leases:
         if last is not None and not self._is_dead(name, before[last]):
             return False
         mine = self.folder / f"{name}.{0 if last is None else _number(last) + 1}"
-        if not create(mine, self._text()):
+        over = None if last is None else _parsed(before[last]).get("owner")
+        if not create(mine, self._text(over)):
             return False
         after = self._texts(name)
         if after.pop(mine, None) is None or after.items() - before.items():
@@ -78,8 +79,8 @@ class Leases:
     def is_held(self, name: str) -> bool:
         """Say whether this process still has a lease that it took: nobody has taken it for dead meanwhile."""
         mine = self._held.get(name)
-        generations = self._generations(name) if mine else []
-        return bool(generations) and generations[-1].name == mine.name and self._is_mine(mine)
+        # A later generation made over another owner is of a process that slept before it took, and retreats.
+        return mine is not None and self._is_mine(mine) and self._owner not in map(_over, self._texts(name).values())
 
     def give_back(self, name: str) -> None:
         """Let others have a lease."""
@@ -143,9 +144,9 @@ class Leases:
             return _parsed(read_bytes(file)).get("owner") == self._owner
         return False
 
-    def _text(self) -> bytes:
+    def _text(self, over: str | None) -> bytes:
         """Return what to write: never the same twice, so that a lease taken again is not taken for one at rest."""
-        about = {"owner": self._owner, "machine": MACHINE, "pid": os.getpid(), "beat": next(self._beats)}
+        about = {"owner": self._owner, "over": over, "machine": MACHINE, "pid": os.getpid(), "beat": next(self._beats)}
         return json.dumps(about).encode()
 
     def _beat(self) -> None:
@@ -155,7 +156,7 @@ class Leases:
                 # A full disk, or a store that does not answer: if it lasts, publishing says so.
                 with self._lock, suppress(*storage_errors()):
                     if name in self._held and self._is_mine(mine):
-                        publish(mine, self._text())
+                        publish(mine, self._text(_over(read_bytes(mine))))
 
 
 def _number(file: Path) -> int:
@@ -169,6 +170,11 @@ def _parsed(text: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return about if isinstance(about, dict) else {}
+
+
+def _over(text: bytes) -> str | None:
+    """Return the dead owner in whose place a lease was taken, if any."""
+    return _parsed(text).get("over")
 
 
 def _unlink(file: Path) -> None:

@@ -139,7 +139,10 @@ def test_process_that_slept_before_it_took_does_not_take_from_the_owner_since(fo
                 assert first.take("x")
                 first.give_back("x")
             assert owner.take("x")
-            return create(path, data)
+            try:
+                return create(path, data)
+            finally:
+                assert owner.is_held("x")  # though the sleeper's file may stand by now
 
         if not was_free:
             leave(folder, "x")
