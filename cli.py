@@ -25,6 +25,7 @@ from .cli_options import (
     SOME_FAILED,
     Settings,
     complain,
+    loud,
     out,
     sample_data,
     tell,
@@ -36,7 +37,7 @@ from .cli_report import report
 from .cli_sweep import sweep
 from .data.annotations import SPLITS
 from .data.clips import read_rows
-from .data.errors import KarmmaError, is_memory_short, memory_short
+from .data.errors import KarmmaError, is_memory_short, memory_short, printable
 from .data.modality import letters
 from .data.places import storage_errors
 from .data.progress import watched
@@ -188,6 +189,14 @@ def demo() -> None:
             raise typer.Exit(code)
 
 
+class LogHandler(logging.Handler):
+    """Shows what modules log on every rank, line by line, without what a terminal would obey."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            loud.print(printable(line), soft_wrap=True, markup=False)
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep freed memory for what comes next; one that is not glibc is left alone.
 
@@ -205,7 +214,7 @@ def main() -> None:
     # Reading threads and torch's own share the cores: torch's must sleep while they wait, not spin (up to 8x slower).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_freed_memory()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
     try:
         app()
     except KarmmaError as error:

@@ -29,6 +29,8 @@ SECTIONS: dict[str, type[StageConfig]] = {
 }
 SAMPLE = Path("karmma-sample")
 SOME_FAILED, DAMAGED, INTERRUPTED = 3, 4, 130
+# What every rank has to say, and what is the same on all of them.
+loud = Console(stderr=True, highlight=False, emoji=False)
 out, err = Console(quiet=IS_SILENT), Console(stderr=True, highlight=False, emoji=False, quiet=IS_SILENT)
 
 
@@ -39,7 +41,6 @@ def tell(text: str) -> None:
 
 def complain(error: Exception, more: str = "") -> None:
     """Say what went wrong; unlike `tell`, on every rank."""
-    loud = Console(stderr=True, highlight=False, emoji=False)
     loud.print(f"{type(error).__name__}: {error}{more}", soft_wrap=True, markup=False)
 
 

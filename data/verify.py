@@ -22,6 +22,8 @@ from .stores import LogitStore, TokenStore
 # Hashing frees the interpreter, so two threads keep two cores, or a disk, busy.
 N_THREADS = 2
 LOOKS, LOOK_AGAIN_S = 4, 0.5
+# Shards found sound: store, view and number.
+Sound = set[tuple[str, int, int]]
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,22 @@ class _DamageError(CacheError):
 
 
 class FirstSight:
-    """Holds shards against their receipts, each once, when somebody is about to read from it."""
+    """Holds shards against their receipts, each once, when somebody is about to read from it.
 
-    def __init__(self, cache: Cache, stores: Mapping[str, TokenStore]) -> None:
-        self.cache, self.stores = cache, stores
-        self._sound: set[tuple[str, int, int]] = set()
+    sound: those that need not be looked at; several may share it.
+    """
+
+    def __init__(self, cache: Cache, stores: Mapping[str, TokenStore], sound: Sound | None = None) -> None:
+        self.cache, self.stores, self._sound = cache, stores, set() if sound is None else sound
 
     def __call__(self, modality: str, rows: np.ndarray, view: int) -> None:
         """Raise CacheError, which names the file and its clips, if a shard that holds one of `rows` is damaged."""
         store = self.stores[modality]
         for shard in np.unique(rows // store.shard_rows).tolist():
-            if (modality, view, shard) not in self._sound:
+            this = str(store.path), view, shard
+            if this not in self._sound:
                 self._look(modality, store, view, shard)
-                self._sound.add((modality, view, shard))
+                self._sound.add(this)
 
     def _look(self, modality: str, store: TokenStore, view: int, shard: int) -> None:
         for again in range(LOOKS):

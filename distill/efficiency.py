@@ -58,26 +58,27 @@ class Efficiency:
     device: str | None = None
 
 
-def count(blueprint: Blueprint, thetas: Sequence[int | None] = ()) -> Efficiency:
+def count(blueprint: Blueprint, thetas: Sequence[int | None] = (), whole_only: bool = False) -> Efficiency:
     """Count parameters and operations on the meta device, where nothing is computed.
 
-    thetas: the Theta-Average values of `Efficiency.by_theta`.
+    thetas: the Theta-Average values of `Efficiency.by_theta`.  whole_only: leave out the smaller subsets.
     """
     with torch.device("meta"):
         model = blueprint.build()
         flops = {m: _operations(backbone, blank_clip(backbone)) for m, backbone in model.backbones.items()}
+    chosen = subsets(model.modalities)[: 1 if whole_only else None]
     sizes = {m: _n_parameters(backbone) for m, backbone in model.backbones.items()}
     frozen = sum(sizes.values()) if blueprint.is_frozen else 0
     gflops: dict[int | None, dict[str, float]] = {}
     for theta in {blueprint.theta, *thetas}:
         gflops[theta] = {}
-        for subset in subsets(model.modalities):
+        for subset in chosen:
             bare, tokens = _fusion(blueprint, model, subset, theta, missing="ignore")
             every = torch.ones(1, len(subset), dtype=torch.bool, device="cpu")
             operations = sum(flops[m] for m in subset) + _operations(bare, tokens, every)
             gflops[theta][letters(subset)] = operations / 1e9
     rows = []
-    for subset in subsets(model.modalities):
+    for subset in chosen:
         present = torch.tensor([[m in subset for m in model.modalities]], device="cpu")
         alone, tokens = _fusion(blueprint, model, subset, blueprint.theta)
         as_run = sum(flops[m] for m in subset) + _operations(model.fusion, tokens, present)

@@ -108,7 +108,7 @@ def need(
 
 def _gflops(blueprint: Blueprint) -> float:
     """Return the operations of one pass over a clip that has all modalities."""
-    return count(blueprint).rows[0].gflops
+    return count(blueprint, whole_only=True).rows[0].gflops
 
 
 def _cached(blueprint: Blueprint, theta: int | None) -> Blueprint:

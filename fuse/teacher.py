@@ -16,7 +16,7 @@ from ..data.device import arithmetic
 from ..data.identity import tensors_digest
 from ..data.runs import RunFolder
 from ..data.selection import Selection
-from ..data.verify import FirstSight
+from ..data.verify import FirstSight, Sound
 from .config import TeacherConfig
 from .dropout import seeded_dropout
 from .logits import averaged, build_teacher, on_device, shared_logits, write_logits
@@ -29,7 +29,7 @@ from .training import Training, begin, usable_rows
 
 
 class Teacher:
-    """One teacher in training; a `Course` for `fit`."""
+    """One teacher in training; a `Course` for `fit`.  sound: shards found sound before, see `FirstSight`."""
 
     def __init__(
         self,
@@ -39,11 +39,12 @@ class Teacher:
         data: DataConfig,
         config: TeacherConfig,
         device: torch.device,
+        sound: Sound | None = None,
     ) -> None:
         self.cache, self.table, self.config, self.selection = cache, table, config, selection
         self.device = device
         rows, pin = cache.rows(table.clip_ids), self.device.type == "cuda"
-        self.reader = TokenReader(selection.stores, rows, pin, FirstSight(cache, selection.stores))
+        self.reader = TokenReader(selection.stores, rows, pin, FirstSight(cache, selection.stores, sound))
         self.labels = {head: torch.from_numpy(table.labels(head)) for head in data.heads}
         self.classes = {head: list(table.classes(head)) for head in data.heads}
         present = self.reader.present(np.arange(table.n_clips), 0)

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -22,6 +22,7 @@ from ..data.device import enough_memory
 from ..data.errors import KarmmaError, MemoryShortError, RunError, one_line
 from ..data.places import storage_errors
 from ..data.runs import RunFolder
+from ..data.verify import Sound
 from .config import SweepConfig, TeacherConfig
 from .loop import Onlooker, fit
 from .space import Space
@@ -71,9 +72,10 @@ def train_all(work: Work, at: int = 0) -> None:
     """Train trials until all are done, by this process or others."""
     space = Space(work.sweep.space, work.data, work.config)
     with Study(work.folder, space, work.sweep, work.config.seed, work.config.warmup_epochs) as study:
+        worker = _Worker(work, study, space, at)
         while not study.is_over(work.n_trials):
             claims = study.claim(work.sweep.together, work.n_trials)
-            _train(work, study, space, claims, at)
+            worker.train(claims)
             if not claims:  # others have the last ones, and may die
                 time.sleep(LOOK_AGAIN_S)
 
@@ -127,57 +129,66 @@ class _Judge(Onlooker):
         self.study.fail(self.trials[training].claim, str(error))
 
 
-def _train(work: Work, study: Study, space: Space, claims: Sequence[Claim], at: int) -> None:
-    """Train trials to their end, each group of those that see the same batches in one pass."""
-    groups: dict[str, list[_Trial]] = {}
-    try:
-        for claim in claims:
-            if (begun := _begun(work, study, space, claim, at)) is not None:
-                batches, trial = begun
-                groups.setdefault(batches, []).append(trial)
-        for trials in groups.values():
-            fit([trial.training for trial in trials], _Judge(study, trials))
-    except SystemExit:
-        study.put_back(claims)
-        raise
-    except (KarmmaError, RuntimeError, MemoryError) as error:
-        study.note(claims, one_line(error))
-        raise
+@dataclass(frozen=True)
+class _Worker:
+    """What the trials of one process have in common; sound: shards of the cache that one of them has looked at."""
 
+    work: Work
+    study: Study
+    space: Space
+    at: int
+    sound: Sound = field(default_factory=set)
 
-def _begun(work: Work, study: Study, space: Space, claim: Claim, at: int) -> tuple[str, _Trial] | None:
-    """Return what says which batches a trial sees, and the trial, begun or taken up; None if there is nothing to do.
+    def train(self, claims: Sequence[Claim]) -> None:
+        """Train trials to their end, each group of those that see the same batches in one pass."""
+        groups: dict[str, list[_Trial]] = {}
+        try:
+            for claim in claims:
+                if (begun := self._begun(claim)) is not None:
+                    batches, trial = begun
+                    groups.setdefault(batches, []).append(trial)
+            for trials in groups.values():
+                fit([trial.training for trial in trials], _Judge(self.study, trials))
+        except SystemExit:
+            self.study.put_back(claims)
+            raise
+        except (KarmmaError, RuntimeError, MemoryError) as error:
+            self.study.note(claims, one_line(error))
+            raise
 
-    A trial whose settings do not fit each other, or the cache, has failed.
-    """
-    run = RunFolder(work.folder / claim.name)
-    if run.is_finished:  # but its process died before it could say so
-        _tell(study, claim, run.result)
-        return None
-    try:
-        data, config = space.settings(claim.chosen)
-        config = config.model_copy(update={"resume": True, "device": _own_device(config.device, at)})
-        cache, table = Cache.open(data.cache), work.table
-        selection = usable_selection(cache, table, data, config)
-        described = describe_run(cache, table, data, config, selection)
-        teacher = Teacher(cache, table, selection, data, config, prepare(config))
-    except MemoryShortError:
-        raise
-    except KarmmaError as error:
-        study.fail(claim, str(error))
-        return None
-    try:
-        training = begin(teacher.model, teacher, config, run, described)
-    except RunError as error:  # what it would go on with is damaged
-        study.fail(claim, str(error))
-        return None
-    trial = _Trial(claim, training, _share(teacher) if space.varies_data else 1.0)
-    if training.is_over:  # all epochs are done, but its process died before it could say so
-        trial.close(study)
-        return None
-    batches = [described[name] for name in ("data", "contents", "clips", "views")]
-    position = training.position.epoch, training.position.at
-    return digest([batches, config.seed, config.batch_size, config.epochs, position]), trial
+    def _begun(self, claim: Claim) -> tuple[str, _Trial] | None:
+        """Return what says which batches a trial sees, and the trial, begun or taken up; None if nothing is to do.
+
+        A trial whose settings do not fit each other, or the cache, has failed.
+        """
+        run = RunFolder(self.work.folder / claim.name)
+        if run.is_finished:  # but its process died before it could say so
+            _tell(self.study, claim, run.result)
+            return None
+        try:
+            data, config = self.space.settings(claim.chosen)
+            config = config.model_copy(update={"resume": True, "device": _own_device(config.device, self.at)})
+            cache, table = Cache.open(data.cache), self.work.table
+            selection = usable_selection(cache, table, data, config)
+            described = describe_run(cache, table, data, config, selection)
+            teacher = Teacher(cache, table, selection, data, config, prepare(config), self.sound)
+        except MemoryShortError:
+            raise
+        except KarmmaError as error:
+            self.study.fail(claim, str(error))
+            return None
+        try:
+            training = begin(teacher.model, teacher, config, run, described)
+        except RunError as error:  # what it would go on with is damaged
+            self.study.fail(claim, str(error))
+            return None
+        trial = _Trial(claim, training, _share(teacher) if self.space.varies_data else 1.0)
+        if training.is_over:  # all epochs are done, but its process died before it could say so
+            trial.close(self.study)
+            return None
+        batches = [described[name] for name in ("data", "contents", "clips", "views")]
+        position = training.position.epoch, training.position.at
+        return digest([batches, config.seed, config.batch_size, config.epochs, position]), trial
 
 
 def _tell(study: Study, claim: Claim, result: Mapping[str, Any]) -> None:

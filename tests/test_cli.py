@@ -1,11 +1,12 @@
 """The command line: options from config fields, exit codes, and one clear line for every error of the user's."""
 
+import logging
 import platform
 import subprocess
 import sys
 
 import pytest
-from karmma import cli_options
+from karmma import cli, cli_options
 from karmma.data.clips import read_clip_table
 from karmma.data.sample import write_sample
 
@@ -154,3 +155,8 @@ def test_freed_memory_is_used_again_without_asking_the_system():
     # 64 MiB ten times are 163,840 pages of 4 KiB, or 320 of 2 MiB where the system gives such.
     given_back, kept = faults(), faults("keep")
     assert kept < given_back / 4
+
+
+def test_log_line_of_a_module_is_shown_and_not_obeyed_by_the_terminal(capsys):
+    cli.LogHandler().handle(logging.LogRecord("karmma", logging.WARNING, "", 0, "clip %s: [b]", ("\x1b[2Ja",), None))
+    assert capsys.readouterr().err == "clip \\x1b[2Ja: [b]\n"

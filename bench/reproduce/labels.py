@@ -22,9 +22,10 @@ def main(teacher: str, path: Path) -> None:
     table, cache = settings.table(), Cache.open(settings.data.cache)
     store, train = LogitStore.open(cache.logits_path(teacher)), table.rows("train")
     rows, found = cache.rows(table.clip_ids[train]), {}
+    held = [store.has(rows, view) for view in range(store.n_views)]  # not of clips that failed
     for head in store.heads:
-        logits = torch.from_numpy(np.concatenate([store.values(head)[rows, view] for view in range(store.n_views)]))
-        labels = torch.from_numpy(np.tile(table.labels(head)[train], store.n_views))
+        logits = torch.from_numpy(np.concatenate([store.values(head)[rows[has], view] for view, has in enumerate(held)]))
+        labels = torch.from_numpy(np.concatenate([table.labels(head)[train[has]] for has in held]))
         log_probs = logits.double().log_softmax(1)
         first, at = log_probs.exp().max(1)
         found[head] = {

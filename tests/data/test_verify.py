@@ -238,9 +238,9 @@ def test_damage_is_one_line_that_names_five_clips_at_most():
     assert str(many) == "x: fails its checksum; 7 clips: c0, c1, c2, c3, c4, ..."
 
 
-def first_sight(cache, *rows):
+def first_sight(cache, *rows, sound=None):
     """Have the shards of some rows looked at, as a training does before it reads them."""
-    check = FirstSight(cache, {"audio": TokenStore.open(store_of(cache))})
+    check = FirstSight(cache, {"audio": TokenStore.open(store_of(cache))}, sound)
     check("audio", np.array(rows), 0)
     return check
 
@@ -253,6 +253,13 @@ def test_first_sight_refuses_damage_in_the_shards_that_are_read_and_in_no_other(
     check = first_sight(cache, 0, 3, 9)
     flip(shard_files(cache, 0)[0], 5)
     check("audio", np.array([0]), 0)  # once is enough
+
+
+def test_first_sight_of_several_trainings_that_share_what_they_saw_looks_once(cache):
+    sound = set()
+    first_sight(cache, 0, sound=sound)
+    flip(shard_files(cache, 0)[0], 5)
+    first_sight(cache, 1, sound=sound)
 
 
 @pytest.mark.parametrize("gone", ["receipt", "tokens"])
