@@ -7,6 +7,7 @@ found damage, 130 interrupted.
 import ctypes
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -248,6 +249,12 @@ def keep_freed_memory() -> None:
         mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def _again(words: Sequence[str]) -> str:
+    """Return the command that goes on with an interrupted one."""
+    resumed = ["--resume"] if {"train-teacher", "distill"} & {*words} and "--resume" not in words else []
+    return shlex.join(["karmma", *words, *resumed])
+
+
 def main() -> None:
     """Run the command line; an error of ours becomes one line and exit code 1."""
     # Reading threads and torch's own share the cores: torch's must sleep while they wait, not spin (up to 8x slower).
@@ -269,5 +276,5 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:
-            tell("Interrupted. What was finished is kept; give the command again to go on.")
+            tell(f"Interrupted. What was finished is kept. To go on: {_again(sys.argv[1:])}")
         raise

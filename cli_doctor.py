@@ -53,11 +53,7 @@ def doctor(
         shown.add_row(Text(each.check), verdict, Text(printable(each.found)), Text(each.step))
     out.print(shown)
     failed = [each.check for each in findings if each.verdict == "FAIL"]
-    tell(
-        f"{len(failed)} failed: {', '.join(failed)}. Mend them, then karmma doctor."
-        if failed
-        else "Next: karmma extract"
-    )
+    tell(f"Failed: {', '.join(failed)}. Mend that, then karmma doctor." if failed else "Next: karmma extract")
     return Answer({"findings": findings}, 1 if failed else 0)
 
 

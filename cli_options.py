@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -17,10 +17,11 @@ from .data.annotations import ClipTable
 from .data.clips import read_clips
 from .data.config import DataConfig, StageConfig
 from .data.errors import RunError, printable
+from .data.modality import MODALITIES
 from .data.progress import IS_SILENT, watched
 from .data.runs import RunFolder
 from .data.sample import write_sample
-from .data.settings import assigned, read_preset, read_toml, resolve, rooted, write_toml
+from .data.settings import PRESETS, assigned, read_preset, read_toml, resolve, rooted, write_toml
 from .distill.config import StudentConfig
 from .extract.config import ExtractConfig
 from .fuse.config import SweepConfig, TeacherConfig
@@ -211,10 +212,15 @@ def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable],
     return decorate
 
 
+def _one_of(words: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return what completes the beginning of a word on the command line."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
 def _general(
     *,
     config: Annotated[Path | None, typer.Option(help="settings file (default ./karmma.toml)")] = None,
-    preset: Annotated[str | None, typer.Option(help="tiny or paper")] = None,
+    preset: Annotated[str | None, typer.Option(help="tiny or paper", autocompletion=_one_of(PRESETS))] = None,
     assignments: Annotated[list[str], typer.Option("--set", help="section.field=value, for any setting")] = [],  # noqa: B006
 ) -> None:
     """Carry the options that every command has."""
@@ -231,7 +237,11 @@ def _option(name: str, info: Any) -> inspect.Parameter:
     kind: Any = bool if info.annotation is bool else list[str] if name == "modalities" else str
     flag = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     told = f"{info.description} (default {info.default}; {info.json_schema_extra['source']})"
-    annotation = Annotated[kind | None, typer.Option(flag, help=told, show_default=False)]
+    words = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+    words = MODALITIES if name == "modalities" else words
+    annotation = Annotated[
+        kind | None, typer.Option(flag, help=told, show_default=False, autocompletion=_one_of(words) if words else None)
+    ]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -17,6 +17,7 @@ from ..data.config import DataConfig, digest
 from ..data.errors import RunError
 from ..data.progress import Task, watched
 from ..data.publish import publish_json
+from ..data.signals import deaf_to_interrupt
 from .config import SweepConfig, TeacherConfig
 from .space import Space
 from .stage import describe_run, require_labels, require_theta, usable_selection
@@ -113,8 +114,9 @@ def _run(work: "Work", study: "Study") -> None:
     spawn = multiprocessing.get_context("spawn")
     places = range(work.sweep.workers)
     workers = [spawn.Process(target=be_worker, args=(work, at), name=f"worker {at}") for at in places]
-    for worker in workers:
-        worker.start()
+    with deaf_to_interrupt():
+        for worker in workers:
+            worker.start()
     try:
         before = _n_epochs(study.trials(), work)
         with watched("sweep", max(0, work.n_trials * work.config.epochs - before), "epochs") as shown:

@@ -88,4 +88,3 @@ def test_command_counts_the_table_too(give, sample, monkeypatch):
     code, said, _ = give("doctor", "--plan", "--config", sample / "karmma.toml", *small)
     assert code == 0
     assert "tokens in the cache (GB)" in said
-
