@@ -198,7 +198,8 @@ def adopt(
     tell_some([f"differs: {change}" for change in found.changes])
     tell(
         f"{found.n_sampled} clips made anew: least cosine {found.least_cosine:.6f}, largest error "
-        f"{found.largest_error:.3g}. {found.n_rows} rows of {name} are now {found.name}."
+        f"{found.largest_error:.3g}. {found.n_rows} rows of {name} are now {found.name}. "
+        "Next: karmma train-teacher"
     )
     return Answer(vars(found))
 

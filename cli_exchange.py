@@ -40,7 +40,7 @@ def export(
     if settings.dry_run:
         return would(f"Would write {what} of {cache.path} to {file}", tokens=stores, teacher=teacher)
     n_clips = export_tokens(cache, stores, teacher, file)
-    tell(f"Wrote {file}: {what} of {n_clips} clips.")
+    tell(f"Wrote {file}: {what} of {n_clips} clips. Next, where they are wanted: karmma cache import {file.name}")
     return Answer({"file": file, "tokens": stores, "teacher": teacher, "clips": n_clips})
 
 

@@ -56,5 +56,5 @@ def export(
         markup=False,
         highlight=False,
     )
-    tell(f"Inputs, outputs and classes: {report.about}")
+    tell(f"Wrote {report.path}; its inputs, outputs and classes are in {report.about}.")
     return Answer({"run": folder.path, "bytes": report.path.stat().st_size, **vars(report)})

@@ -1,5 +1,6 @@
 """How settings come together: default < preset < TOML < --set < option; all errors are said at once."""
 
+import re
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -73,8 +74,10 @@ def resolve(models: Mapping[str, type[StageConfig]], *layers: tuple[str, Mapping
 def _said(section: str, model: type[StageConfig], layers: tuple[tuple[str, Mapping], ...], item: Any) -> str:
     """Turn one pydantic error into a line that names the layer, the field, the value and the next step."""
     path = [str(part) for part in item["loc"]]
+    # What is wrong with fields together is said of those that the message names.
+    about = path[:1] or [name for name in model.model_fields if re.search(rf"\b{name}\b", item["msg"])]
     sections = [(name, layer.get(section)) for name, layer in layers]
-    where = [name for name, part in sections if isinstance(part, Mapping) and path[:1] and path[0] in part]
+    where = [name for name, part in sections if isinstance(part, Mapping) and {*about} & {*part}]
     where = where or ["settings"]
     field = ".".join([section, *path])
     if item["type"] == "extra_forbidden":

@@ -1,5 +1,6 @@
 """What every command has: examples that can be given, --dry-run that does nothing, --json, --debug, completion."""
 
+import fnmatch
 import json
 import os
 import shlex
@@ -159,6 +160,29 @@ def test_json_is_one_value_and_all_that_stdout_gets(here, give, words):
     assert ANSWERS[words](json.loads(out))
     assert "┃" not in out
     assert give(*words)[1] != out  # tables, or nothing, for people
+
+
+# What is given anew, and how the last line for people goes: what was written, and what comes next.
+LAST = {
+    ("extract",): ((), "Next: karmma train-teacher --cache cache"),
+    ("train-teacher",): ((), "Wrote runs/teacher-* and cache/logits/*. Next: karmma distill"),
+    ("distill",): ((), "Wrote runs/student-*. Next: karmma evaluate runs/student-*"),
+    ("evaluate",): ((), "Next: karmma report runs/student-*"),
+    ("report",): ((), "Wrote runs/student-*/evaluation/test.html. Next: open it in a browser, or *"),
+    ("check",): ((), "Next: karmma extract"),
+    ("cache", "export"): (("t.h5",), "Wrote t.h5: * of 24 clips. Next, *: karmma cache import t.h5"),
+    ("cache", "import"): (("tokens.h5", "--cache", "o"), "detections: 24 rows are now tokens *. Next: *"),
+    ("cache", "merge"): (("cache", "--cache", "o"), "Wrote o. Next: karmma train-teacher --cache o"),
+    ("sweep",): (("max_lr=1e-4,1e-3", "--trials", "1"), "Wrote runs/sweep-*/best.toml. Next: *"),
+}
+
+
+@pytest.mark.parametrize("words", LAST, ids=" ".join)
+def test_last_line_names_what_was_written_and_what_comes_next(here, give, words):
+    options, says = LAST[words]
+    code, _, err = give(*words, *options)
+    assert code == 0, err
+    assert fnmatch.fnmatchcase(err.strip().splitlines()[-1], says), err
 
 
 def test_exit_code_is_the_same_with_json(here, give):

@@ -181,3 +181,14 @@ def test_value_that_does_not_fit_is_one_line(layer, said):
 def test_preset_that_is_no_text_is_refused():
     with pytest.raises(ConfigError, match="Unknown preset 3"):
         read_preset(3)
+
+
+def test_fields_that_do_not_fit_each_other_are_said_of_the_file_that_sets_them():
+    layers = (("preset tiny", {"data": {"frames": 8}}), ("mine.toml", {"data": {"flow_method": "raft_small"}}))
+    with pytest.raises(ConfigError, match=r"^mine\.toml: data: flow_method raft_small needs flow_weights"):
+        resolve({"data": DataConfig}, *layers, ("option", {"data": {"size": 64}}))
+
+
+def test_truth_is_no_number():
+    with pytest.raises(ConfigError, match=r"mine\.toml: data\.crop_min = True: expected a value, not true or false\."):
+        resolve({"data": DataConfig}, ("mine.toml", {"data": {"crop_min": True, "flip": True}}))
