@@ -10,9 +10,8 @@ from .annotations import Clip, ClipTable
 from .clips import BadRow
 from .config import DataConfig
 from .errors import MediaError
-from .media import located, matches
 from .packs import split_pack
-from .places import exists
+from .places import exists, located, matches
 from .raw import open_film
 
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
+from io import FileIO
 from typing import Any, Self
 
 import numpy as np
@@ -54,7 +55,8 @@ class ReaderPool:
         for reader in self._readers:
             reader.disown()
         self._pid, self._lock, self._closing = os.getpid(), threading.Lock(), False
-        self._readers, self._idle = [], []
+        self._readers = []
+        self._idle: list[_Reader] = []
         self._threads = ThreadPoolExecutor(self.n_readers, "reader")
 
     def __enter__(self) -> Self:
@@ -181,10 +183,14 @@ class _Reader:
             },
             process_group=0,  # out of the reach of the terminal's Ctrl-C and Ctrl-Z
         )
+        asked, answers = self.process.stdin, self.process.stdout
+        assert isinstance(asked, FileIO)  # as nothing is buffered
+        assert isinstance(answers, FileIO)
+        self._asked, self._answers = asked, answers
 
     def start(self, data: DataConfig, patience_s: float) -> None:
         """Hand over the settings and wait until the libraries are loaded."""
-        send(self.process.stdin, {"data": data.model_dump(mode="json"), "patience_s": patience_s})
+        send(self._asked, {"data": data.model_dump(mode="json"), "patience_s": patience_s})
         self._receive()
         self.is_ready = True
 
@@ -192,11 +198,11 @@ class _Reader:
         """Return the readings of clips of one video; raises EOFError or BrokenPipeError if the process has ended."""
         clips, views, modalities = zip(*orders, strict=True)
         request = {"clips": [*map(_row, clips)], "views": [*map(int, views)], "modalities": modalities}
-        send(self.process.stdin, request)
+        send(self._asked, request)
         return [{name: self._reading(*said) for name, *said in readings} for readings in self._receive()["readings"]]
 
     def _receive(self) -> dict[str, Any]:
-        answer = receive(self.process.stdout)
+        answer = receive(self._answers)
         if "missing" in answer:
             raise InstallationError(answer["missing"])
         if "refused" in answer:
@@ -209,20 +215,20 @@ class _Reader:
         if not dtype:
             return Reading(state, None, reason)
         array = np.empty(shape, dtype)
-        fill(self.process.stdout, array.reshape(-1).view(np.uint8))
+        fill(self._answers, array.reshape(-1).view(np.uint8))
         return Reading(state, array, reason)
 
     def end(self) -> None:
         """End the process, if it has not ended by itself, and close the pipes."""
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self._asked.close()
+        self._answers.close()
 
     def disown(self) -> None:
         """Let go of a process that is another one's child."""
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self._asked.close()
+        self._answers.close()
         self.process.returncode = 0  # else Popen waits for it
 
 

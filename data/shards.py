@@ -20,7 +20,7 @@ from zarr.storage import MemoryStore
 
 from .errors import CacheError
 from .modality import UNWRITTEN
-from .places import is_local, storage_errors
+from .places import is_local, remote, storage_errors
 from .publish import read_json
 
 MISSING = 2**64 - 1  # as the offset of a chunk that was left out, in the file
@@ -48,9 +48,18 @@ def is_plain_state(states: zarr.Array, shard_rows: int) -> bool:
         and states.shards is None
         and states.dtype == np.uint8
         and states.fill_value == UNWRITTEN
+        and states.metadata.zarr_format == 3
         and [type(codec).__name__ for codec in states.metadata.codecs] == ["BytesCodec"]
         and states.metadata.chunk_key_encoding.encode_chunk_key((0, 0)) == "c/0/0"
     )
+
+
+def array_in(group: zarr.Group, name: str) -> zarr.Array:
+    """Return an array of a store; raises KeyError if there is none of that name, TypeError if it is a group."""
+    found = group[name]
+    if not isinstance(found, zarr.Array):
+        raise TypeError(f"{name} is a group, expected an array")
+    return found
 
 
 def encode_shard(like: zarr.Array, rows: np.ndarray) -> bytes:
@@ -58,6 +67,7 @@ def encode_shard(like: zarr.Array, rows: np.ndarray) -> bytes:
 
     rows: [n, 1, ...], n at most the clips of a shard; chunks that hold only the fill value are left out, as zarr does.
     """
+    assert like.shards is not None  # as `TokenStore.create` made it
     files: dict = {}
     shape = (like.shards[0], *rows.shape[1:])
     array = zarr.create_array(
@@ -219,9 +229,9 @@ class ShardFiles:
 
     def _ranges(self, keys: list[tuple[int, int]], starts: list[int], n_bytes: int | None) -> Iterable[bytes]:
         ends = [None if n_bytes is None else start + n_bytes for start in starts]
-        paths = [self.path(*key).path for key in keys]
+        paths = [remote(self.path(*key)).path for key in keys]
         try:
-            return self.folder.fs.cat_ranges(paths, starts, ends, on_error="raise") if keys else []
+            return remote(self.folder).fs.cat_ranges(paths, starts, ends, on_error="raise") if keys else []
         except FileNotFoundError as error:
             raise CacheError(f"{error}: this shard is missing. Extract again.") from None
         except storage_errors() as error:
@@ -232,7 +242,8 @@ class _File:
     """An open file that closes itself once nobody uses it: a thread may be reading when another lets go of it."""
 
     def __init__(self, path: Path, is_mapped: bool) -> None:
-        self.path, self.number, self.offsets = path, -1, []
+        self.path, self.number = path, -1
+        self.offsets: list[int] = []
         try:
             self.number = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -253,8 +264,8 @@ class _File:
             return len(found)
         at = 0
         try:
-            while at < len(part) and (found := os.preadv(self.number, [part[at:]], offset + at)):
-                at += found
+            while at < len(part) and (n_read := os.preadv(self.number, [part[at:]], offset + at)):
+                at += n_read
         except OSError as error:
             raise CacheError(f"{self.path}: cannot be read: {error.strerror}. Check the disk.") from None
         return at

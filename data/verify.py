@@ -141,6 +141,7 @@ def _wrong(store: TokenStore, view: int, shard: int, receipt: dict[str, Any] | N
         return error.file, error.reason
     except CacheError as error:
         return file, str(error).removeprefix(f"{file}: ")
+    assert receipt is not None  # `_whole` takes no shard without one
     counts = {name: int((states == state).sum()) for state, name in STATE_NAMES.items()}
     if {name: n for name, n in counts.items() if n} != receipt["counts"]:
         return file, f"its states count {counts}, its receipt says {receipt['counts']}"
