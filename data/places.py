@@ -26,7 +26,7 @@ def is_address(text: object) -> bool:
     return "://" in str(text)
 
 
-def place(where: str | os.PathLike) -> Path:
+def place(where: str | os.PathLike[str]) -> Path:
     """Return a local path, or for an address the path-like object of universal_pathlib.
 
     Raises InstallationError if what the address needs is not installed, ConfigError if nobody knows its protocol.

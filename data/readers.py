@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from io import FileIO
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -27,6 +28,7 @@ PATIENCE_S = 120.0
 
 # A clip, the index of its view, and the modalities to read.
 Order = tuple[Clip, int, tuple[str, ...]]
+Readings = dict[str, Reading]  # by modality
 
 
 class _LostError(Exception):
@@ -78,7 +80,7 @@ class ReaderPool:
             reader.end()
         self._readers, self._idle = [], []
 
-    def submit(self, orders: Sequence[Order]) -> "list[Future[dict[str, Reading]]]":
+    def submit(self, orders: Sequence[Order]) -> list[Future[Readings]]:
         """Ask for clips; those of one video are read together.  Returns one future for each, in order.
 
         What cannot be read is a FAILED reading.  A future raises InstallationError if a library does not load,
@@ -86,8 +88,8 @@ class ReaderPool:
         """
         if self._pid != os.getpid():
             self._begin()
-        futures: list[Future] = [Future() for _ in orders]
-        videos: dict[tuple, list[int]] = {}
+        futures: list[Future[Readings]] = [Future() for _ in orders]
+        videos: dict[tuple[Path, float | None], list[int]] = {}
         for at, (clip, _, _) in enumerate(orders):
             videos.setdefault((clip.video, clip.rates.get("video")), []).append(at)
         for places in videos.values():
@@ -237,7 +239,7 @@ def _row(clip: Clip) -> dict[str, Any]:
     return vars(clip) | {"video": str(clip.video), "sources": sources, "rates": dict(clip.rates)}
 
 
-def _hand_out(futures: list[Future], task: Future) -> None:
+def _hand_out(futures: list[Future[Readings]], task: Future[list[Readings]]) -> None:
     """Give each clip of a group its readings, or the group's error."""
     error = CancelledError() if task.cancelled() else task.exception()
     for at, future in enumerate(futures):

@@ -1,7 +1,7 @@
 """How settings come together: default < preset < TOML < --set < option; all errors are said at once."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from .places import is_address
 from .publish import publish
 
 PRESETS = ("tiny", "paper")
+# Where settings come from, and section -> field -> value.
+Layer = tuple[str, Mapping[str, Any]]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def resolve(models: Mapping[str, type[StageConfig]], *layers: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
+def resolve(models: Mapping[str, type[StageConfig]], *layers: Layer) -> dict[str, Any]:
     """Merge named layers of settings, the later one winning, and validate every section.
 
     models: section name -> its model.  layers: (where it comes from, {section: {field: value}}).
@@ -70,7 +72,7 @@ def resolve(models: Mapping[str, type[StageConfig]], *layers: tuple[str, Mapping
     return out
 
 
-def _said(section: str, model: type[StageConfig], layers: tuple[tuple[str, Mapping], ...], item: Any) -> str:
+def _said(section: str, model: type[StageConfig], layers: Sequence[Layer], item: Any) -> str:
     """Turn one pydantic error into a line that names the layer, the field, the value and the next step."""
     path = [str(part) for part in item["loc"]]
     sections = [(name, layer.get(section)) for name, layer in layers]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import prod
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -22,6 +22,9 @@ from .errors import CacheError
 from .modality import UNWRITTEN
 from .places import is_local, remote, storage_errors
 from .publish import read_json
+
+if TYPE_CHECKING:
+    from zarr.abc.buffer import Buffer
 
 MISSING = 2**64 - 1  # as the offset of a chunk that was left out, in the file
 LEFT_OUT = -1  # and here
@@ -41,7 +44,7 @@ def state_file(folder: Path, shard: int, view: int) -> Path:
     return folder / "c" / str(shard) / str(view)
 
 
-def is_plain_state(states: zarr.Array, shard_rows: int) -> bool:
+def is_plain_state(states: "zarr.Array[Any]", shard_rows: int) -> bool:
     """Say whether every chunk of an array of states is a file of bytes, one a clip."""
     return (
         states.chunks == (shard_rows, 1)
@@ -54,7 +57,7 @@ def is_plain_state(states: zarr.Array, shard_rows: int) -> bool:
     )
 
 
-def array_in(group: zarr.Group, name: str) -> zarr.Array:
+def array_in(group: zarr.Group, name: str) -> "zarr.Array[Any]":
     """Return an array of a store; raises KeyError if there is none of that name, TypeError if it is a group."""
     found = group[name]
     if not isinstance(found, zarr.Array):
@@ -62,13 +65,13 @@ def array_in(group: zarr.Group, name: str) -> zarr.Array:
     return found
 
 
-def encode_shard(like: zarr.Array, rows: np.ndarray) -> bytes:
+def encode_shard(like: "zarr.Array[Any]", rows: np.ndarray) -> bytes:
     """Return the bytes of one whole shard of the array `like`, as zarr itself encodes them.
 
     rows: [n, 1, ...], n at most the clips of a shard; chunks that hold only the fill value are left out, as zarr does.
     """
     assert like.shards is not None  # as `TokenStore.create` made it
-    files: dict = {}
+    files: dict[str, Buffer] = {}
     shape = (like.shards[0], *rows.shape[1:])
     array = zarr.create_array(
         MemoryStore(files),

@@ -9,6 +9,8 @@ from .media import Media, tick_of
 if TYPE_CHECKING:
     import av
 
+    Heard = tuple[float, list[av.Packet[av.AudioStream]]]  # when, and what
+
 AAC_HZ = (48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 
 
@@ -35,7 +37,7 @@ class Soundtrack:
             rate = codec.sample_rate if codec.sample_rate in AAC_HZ else AAC_HZ[0]
             layout = "mono" if codec.layout.nb_channels == 1 else "stereo"
             self._stream, self._packets = out.add_stream("aac", rate=rate, layout=layout), self._encode()
-        self._next: tuple[float, list[av.Packet]] | None = None
+        self._next: Heard | None = None
 
     def write_to(self, time_s: float) -> None:
         """Write the sound up to a moment of the film."""
@@ -47,7 +49,7 @@ class Soundtrack:
                 self._out.mux(packet)
             self._next = None
 
-    def _copy(self, track: "av.AudioStream") -> "Iterator[tuple[float, list[av.Packet]]]":
+    def _copy(self, track: "av.AudioStream") -> "Iterator[Heard]":
         """Yield (time, packets) as they are in the file."""
         import av
 
@@ -65,7 +67,7 @@ class Soundtrack:
         except (av.error.FFmpegError, IndexError) as error:  # IndexError: damage adds or removes a stream
             raise MediaError(f"{self._media.path}: its sound breaks off: {cause(error)}. Fetch it again.") from None
 
-    def _encode(self) -> "Iterator[tuple[float, list[av.Packet]]]":
+    def _encode(self) -> "Iterator[Heard]":
         """Yield (time, packets) of AAC."""
         time = 0.0
         for time, frame in self._media.sound_frames(-1.0):

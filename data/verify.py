@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,8 @@ def verify(cache: Cache, advance: Callable[[], object] = lambda: None) -> Iterat
                 yield Damage(path, f"cannot be opened: {error}", _held(cache, modality, name, view))
                 continue
 
-            def check(shard: int, store: TokenStore = store, view: int = view, found: dict = receipts) -> tuple:
-                return _wrong(store, view, shard, found[shard])
-
-            for shard, (file, reason) in zip(receipts, pool.map(check, receipts), strict=True):
+            check = partial(_wrong, store, view)
+            for shard, (file, reason) in zip(receipts, pool.map(check, receipts, receipts.values()), strict=True):
                 advance()
                 if reason:
                     clips = _clips(cache, store, shard, receipts[shard])
