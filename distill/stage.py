@@ -71,13 +71,13 @@ def describe_run(table: ClipTable, data: DataConfig, config: StudentConfig, teac
     """Return all that decides a student: settings, inputs, teacher, clips and labels; no paths, no devices."""
     modalities = config.modalities or data.modalities
     unused = set(MODALITIES) - set(modalities)
-    settings = config.model_dump(mode="json", exclude=NOT_DECISIVE | unused)
+    settings = config.model_dump(mode="json", exclude={*NOT_DECISIVE, *unused})
     for modality in modalities:
         settings[modality]["weights"] = weights_content(settings[modality]["weights"], f"student.{modality}")
     return {
         "kind": "student",
         "settings": settings,
-        "data": data.model_dump(mode="json", exclude=PLACES),
+        "data": data.model_dump(mode="json", exclude={*PLACES}),
         "inputs": {modality: input_identity(modality, data) for modality in modalities},
         "teacher": teacher.digest,
         "views": teacher.n_views,
@@ -110,7 +110,7 @@ def evaluate(
     evaluation = Evaluation.read(files[-1], made_from, asked.draws)
     # Clips that failed are looked at again: they may have been mended.
     was_there = evaluation is not None and not evaluation.failed and all(file.exists() for file in files)
-    if not was_there:
+    if evaluation is None or not was_there:
         from .compare import compare, latex
         from .evaluate import predict_run
         from .scores import judge
