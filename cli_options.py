@@ -27,6 +27,8 @@ SECTIONS: dict[str, type[StageConfig]] = {
     "student": StudentConfig,
     "sweep": SweepConfig,
 }
+Sections = dict[str, dict[str, Any]]  # section -> field -> value
+Command = Callable[..., Any]
 SAMPLE = Path("karmma-sample")
 SOME_FAILED, DAMAGED, INTERRUPTED = 3, 4, 130
 # What every rank has to say, and what is the same on all of them.
@@ -56,7 +58,7 @@ class Settings:
     """The resolved sections of a command, and where they came from."""
 
     def __init__(
-        self, config: Path | None, preset: str | None, assignments: list[str], options: dict, needs_clips: bool
+        self, config: Path | None, preset: str | None, assignments: list[str], options: Sections, needs_clips: bool
     ) -> None:
         config = config or (Path("karmma.toml") if Path("karmma.toml").exists() else None)
         if config is None and "table" not in options.get("data", {}) and (needs_clips or _sample_settings().exists()):
@@ -98,7 +100,7 @@ def sample_data() -> Path:
         return write_sample(SAMPLE, progress=progress.advance)
 
 
-def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable], Callable]:
+def with_options(*places: str, needs_clips: bool = True) -> Callable[[Command], Command]:
     """Give a command `--config`, `--preset`, `--set` and one option for every plain field of its sections.
 
     places: 'section' or 'section.field'.  needs_clips: without settings, work on the sample data.
@@ -107,7 +109,7 @@ def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable],
     one, the stage's own.
     """
 
-    def decorate(command: Callable) -> Callable:
+    def decorate(command: Command) -> Command:
         fields: dict[str, tuple[str, Any]] = {}
         for section, _, only in (place.partition(".") for place in places):
             known = SECTIONS[section].model_fields
@@ -118,7 +120,7 @@ def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable],
 
         def run(**given: Any) -> Any:
             settings = {name: given.pop(name) for name in ("config", "preset", "assignments")}
-            options: dict[str, dict[str, Any]] = {}
+            options: Sections = {}
             for parameter in derived:
                 value = given.pop(parameter.name)
                 if value not in (None, []):
@@ -126,7 +128,8 @@ def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable],
                     options.setdefault(fields[parameter.name][0], {})[parameter.name] = text
             return command(settings=Settings(options=options, needs_clips=needs_clips, **settings), **given)
 
-        run.__signature__ = inspect.Signature([*own, *general, *derived])
+        signature = inspect.Signature([*own, *general, *derived])
+        run.__signature__ = signature  # type: ignore[attr-defined]  # no stub knows it, but inspect asks for it
         run.__annotations__ = {p.name: p.annotation for p in [*own, *general, *derived]}
         run.__doc__, run.__name__ = command.__doc__, command.__name__
         return run

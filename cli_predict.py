@@ -66,9 +66,9 @@ def predict(
     chosen = predictor.known(",".join(modalities) if modalities else None)
     tell(f"Run: {folder.path}")
     clips = asked.clips(predictor, settings.data, said)
-    how = {"allow_failures": allow_failures, "readers": readers, "batch_size": batch_size}
+    sizes = {"readers": readers, "batch_size": batch_size}
     with watched("predict", len(clips), "clips") as progress:
-        said.take(predictor.predict_all(clips, chosen, count=progress.advance, **how))
+        said.take(predictor.predict_all(clips, chosen, allow_failures=allow_failures, count=progress.advance, **sizes))
     said.require_some()
     if as_json:
         records = {
@@ -94,7 +94,10 @@ class _Said:
         from .distill.prediction import Failure
 
         for one in said:
-            (self.failed if isinstance(one, Failure) else self.good).append(one)
+            if isinstance(one, Failure):
+                self.failed.append(one)
+            else:
+                self.good.append(one)
 
     def fail(self, path: str, error: MediaError) -> None:
         """Note a file of which no clip can be made."""
