@@ -21,6 +21,8 @@ reproduce: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
+	mkdir -p .venv/as && ln -sfn "$(CURDIR)" .venv/as/karmma
+	$(VENV)/bin/mypy
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

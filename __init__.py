@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(run: str | os.PathLike, device: str = "auto", flow_weights: str | os.PathLike | None = None) -> "Predictor":
+def load(
+    run: str | os.PathLike[str], device: str = "auto", flow_weights: str | os.PathLike[str] | None = None
+) -> "Predictor":
     """Return what predicts raw files with a finished student: `karmma.load("runs/student-...").predict("clip.mp4")`.
 
     See `karmma.distill.predictor`: device, flow_weights, and the errors raised.

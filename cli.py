@@ -83,8 +83,8 @@ def extract(*, settings: Settings) -> Answer:
     if settings.dry_run:
         due = plan_extraction(table, settings.data, settings.extract)
         n_due = sum(due.values())
-        counts = ", ".join(f"{n} of {modality}" for modality, n in due.items())
-        what = f"Would extract {n_due} (clip, view): {counts}" if n_due else "Nothing to do: the cache is complete"
+        listed = ", ".join(f"{n} of {modality}" for modality, n in due.items())
+        what = f"Would extract {n_due} (clip, view): {listed}" if n_due else "Nothing to do: the cache is complete"
         return would(f"{what}, in {settings.data.cache}", cache=settings.data.cache, due=due)
     report = extract_tokens(table, settings.data, settings.extract)
     tell_some(report.changes)

@@ -109,7 +109,8 @@ def verify(
 
 def _forget(cache: Cache, damage: list[Damage]) -> None:
     """Take what is damaged for not there, and say how it is made again."""
-    shards, teachers = {found.shard for found in damage} - {None}, {found.logits for found in damage} - {None}
+    shards = {found.shard for found in damage if found.shard is not None}
+    teachers = {found.logits for found in damage if found.logits is not None}
     for shard in shards:
         cache.drop_receipt(*shard)
     for teacher in teachers:

@@ -113,8 +113,8 @@ def _show(found: Evaluated) -> None:
     out.print(shown)
     _show_groups(evaluation)
     rates = Table("missing", *names, title="each modality of a clip missing at random", title_justify="left")
-    for row in evaluation.rates:
-        rates.add_row(f"{row.rate:.0%}", *(_spread(row.mean[name], row.std[name]) for name in names))
+    for each in evaluation.rates:
+        rates.add_row(f"{each.rate:.0%}", *(_spread(each.mean[name], each.std[name]) for name in names))
     out.print(rates)
 
 

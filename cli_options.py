@@ -33,6 +33,7 @@ SECTIONS: dict[str, type[StageConfig]] = {
     "student": StudentConfig,
     "sweep": SweepConfig,
 }
+Sections = dict[str, dict[str, Any]]  # section -> field -> value
 SAMPLE = Path("karmma-sample")
 SOME_FAILED, DAMAGED, INTERRUPTED = 3, 4, 130
 # What every rank has to say, and what is the same on all of them.
@@ -118,9 +119,10 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
-def _imitate(run: Callable, command: Callable, parameters: Sequence[inspect.Parameter]) -> None:
+def _imitate(run: Callable[..., Any], command: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> None:
     """Show a wrapper to typer as the command, with other parameters."""
-    run.__signature__ = inspect.Signature(parameters)
+    signature = inspect.Signature(parameters)
+    run.__signature__ = signature  # type: ignore[attr-defined]  # no stub knows it, but inspect asks for it
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__doc__, run.__name__ = command.__doc__, command.__name__
 
@@ -133,7 +135,7 @@ class Settings:
         config: Path | None,
         preset: str | None,
         assignments: list[str],
-        options: dict,
+        options: Sections,
         needs_clips: bool,
         dry_run: bool = False,
     ) -> None:
@@ -178,7 +180,7 @@ def sample_data() -> Path:
         return write_sample(SAMPLE, progress=progress.advance)
 
 
-def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable], Callable]:
+def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
     """Give a command `--config`, `--preset`, `--set`, one option for every plain field of its sections, and its flags.
 
     places: 'section' or 'section.field'.  needs_clips: without settings, work on the sample data.
@@ -198,7 +200,7 @@ def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable],
 
         def run(**given: Any) -> Answer:
             settings = {name: given.pop(name) for name in ("config", "preset", "assignments", "dry_run")}
-            options: dict[str, dict[str, Any]] = {}
+            options: Sections = {}
             for parameter in derived:
                 value = given.pop(parameter.name)
                 if value not in (None, []):

@@ -74,9 +74,9 @@ def predict(
     if settings.dry_run:
         said.tell_failures()
         return would(f"Would predict {len(clips)} clips with {folder.path}", clips=len(clips), failed=said.failed)
-    how = {"allow_failures": allow_failures, "readers": readers, "batch_size": batch_size}
+    sizes = {"readers": readers, "batch_size": batch_size}
     with watched("predict", len(clips), "clips") as progress:
-        said.take(predictor.predict_all(clips, chosen, count=progress.advance, **how))
+        said.take(predictor.predict_all(clips, chosen, allow_failures=allow_failures, count=progress.advance, **sizes))
     said.require_some()
     _print(said.good, top, SHOWN if window else len(said.good))
     is_drawn = asked.write(clips, said, top)
@@ -97,7 +97,10 @@ class _Said:
         from .distill.prediction import Failure
 
         for one in said:
-            (self.failed if isinstance(one, Failure) else self.good).append(one)
+            if isinstance(one, Failure):
+                self.failed.append(one)
+            else:
+                self.good.append(one)
 
     def fail(self, path: str, error: MediaError) -> None:
         """Note a file of which no clip can be made."""

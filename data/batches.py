@@ -109,7 +109,7 @@ class TokenReader:
 
     def _submit(
         self, pool: ThreadPoolExecutor, rows: np.ndarray, view: int
-    ) -> dict[str, tuple[np.ndarray, list[Future]]]:
+    ) -> dict[str, tuple[np.ndarray, list[Future[None]]]]:
         """Have the clips of a batch read, an equal part of each modality by every thread."""
         parts = {}
         for modality, store in self.stores.items():
@@ -122,7 +122,7 @@ class TokenReader:
         self.check(modality, rows, view)
         self.stores[modality].read_written(rows, view, out)
 
-    def _read(self, out: np.ndarray, parts: list[Future]) -> Tensor:
+    def _read(self, out: np.ndarray, parts: list[Future[None]]) -> Tensor:
         for part in parts:
             part.result()
         return torch.from_numpy(out)

@@ -137,7 +137,7 @@ class Cache:
         pq.write_table(pa.table(columns), sink, write_page_checksum=True)
         publish(self._rows_file, sink.getvalue())
 
-    def rows(self, clip_ids: Sequence[str]) -> np.ndarray:
+    def rows(self, clip_ids: Sequence[str] | np.ndarray) -> np.ndarray:
         """Return the cache's row [n] of each clip; raises IncompleteCacheError naming clips it has never seen."""
         unknown = [clip_id for clip_id in clip_ids if clip_id not in self._row_of]
         if unknown:

@@ -111,7 +111,8 @@ def _lasting(film: Film) -> Iterator[Frame]:
 
 def _aspect(film: Film, frame: Frame, picture: np.ndarray) -> Fraction:
     """Return the width of a pixel over its height, of a picture as it is drawn: upright."""
-    stated = (film.pictures.sample_aspect_ratio if isinstance(film, Media) else None) or Fraction(1)
+    pictures = film.pictures if isinstance(film, Media) else None
+    stated = (pictures.sample_aspect_ratio if pictures else None) or Fraction(1)
     is_turned = (frame.picture.height, frame.picture.width) != picture.shape[:2]
     return 1 / stated if is_turned else stated
 
@@ -121,7 +122,8 @@ class _Pictures:
 
     def __init__(self, out: "av.container.OutputContainer", shape: tuple[int, ...], aspect: Fraction) -> None:
         height, width = shape[:2]
-        self._out, self._lasts = out, {}
+        self._out = out
+        self._lasts: dict[int | None, int] = {}
         stream = self._stream = out.add_stream("libx264", rate=30, options={"preset": "veryfast", "crf": "20"})
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         stream.time_base = stream.codec_context.time_base = TICK
@@ -138,7 +140,7 @@ class _Pictures:
         if (height + height % 2, width + width % 2) != (stream.height, stream.width):  # a size that changes midway
             picture = cv2.resize(picture, (stream.width, stream.height), interpolation=cv2.INTER_AREA)
         rest = (0, stream.height - picture.shape[0], 0, stream.width - picture.shape[1])
-        padded = cv2.copyMakeBorder(picture, *rest, cv2.BORDER_REPLICATE) if any(rest) else picture
+        padded: np.ndarray = cv2.copyMakeBorder(picture, *rest, cv2.BORDER_REPLICATE) if any(rest) else picture
         image = av.VideoFrame.from_ndarray(padded, format="rgb24").reformat(
             format="yuv420p", dst_colorspace="smpte170m", dst_color_range="MPEG"
         )

@@ -11,10 +11,9 @@ from .annotations import Clip, ClipTable
 from .clips import BadRow
 from .config import DataConfig
 from .errors import MediaError
-from .media import located, matches
 from .modality import FAILED
 from .packs import split_pack
-from .places import exists
+from .places import exists, located, matches
 from .raw import open_film
 from .readers import ReaderPool
 

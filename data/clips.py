@@ -67,7 +67,7 @@ def read_rows(data: DataConfig, heads: tuple[str, ...] = ()) -> tuple[ClipTable,
         raise ConfigError("No clip table named. Add [data] table = ... to karmma.toml, or use --table.")
     held_out = "val" if data.holdout == "none" else "test"
     files = [(data.table, "train"), (data.val_table, held_out), (data.test_table, "test")]
-    rows = _Rows(data, heads)
+    rows = _Rows(data, data.table, heads)
     for path, split in files:
         if path is not None:
             rows.add(Path(path), split)
@@ -80,8 +80,8 @@ def read_rows(data: DataConfig, heads: tuple[str, ...] = ()) -> tuple[ClipTable,
 class _Rows:
     """The rows of all files of one table: good ones as columns, bad ones with their reasons."""
 
-    def __init__(self, data: DataConfig, heads: tuple[str, ...]) -> None:
-        self.data, self.heads = data, heads
+    def __init__(self, data: DataConfig, path: Path, heads: tuple[str, ...]) -> None:
+        self.data, self.path, self.heads = data, path, heads
         self.bad: list[BadRow] = []
         self._parts: list[dict[str, list[Any]]] = []
         self._facts: dict[str, Any] = {}
@@ -94,7 +94,7 @@ class _Rows:
         if not text.lines and not text.bad:
             raise TableError(f"{path}: no rows below the header. A clip table needs at least one clip.")
         notes = list(text.bad.items())
-        values = {"clip_id": self._distinct(path, text, notes)}
+        values: dict[str, list[Any]] = {"clip_id": self._distinct(path, text, notes)}
         values |= _sources(text, self.data, facts.get("video_files"), notes)
         values |= _spans(text, notes)
         values["split"] = _splits(text, split, notes)
@@ -116,7 +116,7 @@ class _Rows:
             return read_something(path, self.data.labels, self.heads)
         text = read_text_table(path, (*COLUMNS, *self.heads))
         if is_epic(text.header):
-            return read_epic(path, self.heads, Path(self.data.table).parent)
+            return read_epic(path, self.heads, self.path.parent)
         # A table of clips to predict need not have labels.
         needed = ("clip_id",) if path == self.data.test_table and split == "test" else ("clip_id", *self.heads)
         missing = [name for name in needed if name not in text.columns]
@@ -161,8 +161,8 @@ class _Rows:
         arrow = pa.concat_tables(parts, promote_options="default").combine_chunks()
         ids, split = (np.array(arrow.column(name).to_pylist(), str) for name in ("clip_id", "split"))
         facts = {name: value for name, value in self._facts.items() if name != "video_files"}
-        path = Path(self.data.table)
-        return ClipTable(path, self.heads, arrow, ids, split, place(self.data.media or path.parent), **facts)
+        folder = place(self.data.media or self.path.parent)
+        return ClipTable(self.path, self.heads, arrow, ids, split, folder, **facts)
 
 
 def _cells(text: TextTable, name: str) -> list[str]:
@@ -204,13 +204,13 @@ def _filled(pattern: str, video_id: str, participant: str, clip_id: str) -> str 
 
 
 def _spans(text: TextTable, notes: list[tuple[int, str]]) -> dict[str, list[float | None]]:
-    starts = _seconds("start_s", _cells(text, "start_s"), text.lines, notes)
+    stated = _seconds("start_s", _cells(text, "start_s"), text.lines, notes)
     stops = _seconds("stop_s", _cells(text, "stop_s"), text.lines, notes)
-    starts = [0.0 if start is None else start for start in starts]
+    starts = [0.0 if start is None else start for start in stated]
     for line, start, stop in zip(text.lines, starts, stops, strict=True):
         if stop is not None and stop <= start:
             notes.append((line, f"stop_s = {stop:g} is not after start_s = {start:g}"))
-    return {"start_s": starts, "stop_s": stops}
+    return {"start_s": [*starts], "stop_s": stops}
 
 
 def _splits(text: TextTable, split: str, notes: list[tuple[int, str]]) -> list[str]:

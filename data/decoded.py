@@ -46,7 +46,9 @@ class DecodedClips:
         """
         self.folder, self.limit_bytes = data.inputs, limit_bytes
         self._folders = {m: data.inputs / m / digest(input_identity(m, data)) for m in modalities}
-        self._table, self._names, self._under_way = table, {}, set()
+        self._table = table
+        self._names: dict[int, str] = {}
+        self._under_way: set[Path] = set()
         sweep(data.inputs)
         self._room = (limit_bytes - sum(sizes(data.inputs).values())) // n_sharing
         self._is_full = False

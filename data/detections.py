@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from .errors import MediaError
-from .media import EPSILON_S, matches
-from .places import StoredFile, is_local, read_bytes, storage_errors
+from .media import EPSILON_S
+from .places import StoredFile, is_local, matches, read_bytes, storage_errors
 from .views import View, crop_square
 
 # Something-Something V2, on which the official files rest, has 12 frames a second; they do not say so.
@@ -104,7 +104,7 @@ def _read_json(path: Path, names: Sequence[str]) -> Any:
         raise MediaError(f"{path}: no such file. Put it there, or correct the clip table.") from None
     except MediaError:
         raise
-    except (*storage_errors(), ValueError, RecursionError) as error:
+    except storage_errors(ValueError, RecursionError) as error:
         raise MediaError(f"{path}: cannot be read as JSON: {error}. Fetch it again.") from None
 
 

@@ -36,7 +36,7 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
         raise memory_short(error, f" for {what}", advice) from None
 
 
-def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which a forward pass computes in `precision`: autocast for bfloat16, nothing for float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 

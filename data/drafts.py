@@ -31,6 +31,7 @@ class ShardDraft:
         self.state = np.full(n, UNWRITTEN, np.uint8)
         kept = (self.rows != "") & ~self.due
         if kept.any():
+            assert receipt is not None  # without one all rows are due
             tokens, state = sound_shard(store, task.view, task.shard, receipt)
             self.state[kept], self.tokens[kept] = state[:n][kept], tokens[:n][kept]
         old = receipt["failures"] if receipt else []
@@ -42,6 +43,7 @@ class ShardDraft:
         Values that are not finite, or that float16 cannot hold, make the clip FAILED: they are never written.
         """
         if state == PRESENT:
+            assert tokens is not None  # which is what the state says
             with np.errstate(over="ignore"):
                 self.tokens[at] = tokens
             if not np.isfinite(self.tokens[at]).all():

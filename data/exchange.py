@@ -184,7 +184,7 @@ def import_logits(cache: Cache, foreign: ForeignFile, run: str) -> tuple[str, in
     made_from = np.full(cache.n_clips, "", "<U8")
     made_from[rows] = table_digests(foreign.table)[foreign.rows[known]]
     content = hashlib.sha256(b"".join(np.ascontiguousarray(values).tobytes() for values in logits.values()))
-    about = {"run": run, "inputs": {}, "tokens": {}, "imported": foreign.path.name}
+    about: dict[str, Any] = {"run": run, "inputs": {}, "tokens": {}, "imported": foreign.path.name}
     if "about" in foreign.group("logits").attrs:
         about = _about(foreign)
     about["classes"] = {head: list(foreign.table.classes(head)) for head in logits}

@@ -95,5 +95,5 @@ def flow_picture(field: np.ndarray, view: View, size: int, clamp_px: float) -> n
     magnitude = np.hypot(clamped[..., 0], clamped[..., 1])
     values = crop(np.dstack([clamped, magnitude]), replace(view, box=None), size)  # [S, S, 3]
     if view.flip:
-        values = values[:, ::-1] * np.float32([-1, 1, 1])
+        values = values[:, ::-1] * np.array([-1, 1, 1], np.float32)
     return np.rint(values * (127 / clamp_px) + (128, 128, 0)).astype(np.uint8).transpose(2, 0, 1)  # [3, S, S]

@@ -33,14 +33,14 @@ def flow_method(data: DataConfig) -> FlowMethod:
     """Return the method that the settings name; raises ConfigError if RAFT's weights cannot be loaded."""
     if data.flow_method == "farneback":
         return FlowMethod("grey", _farneback)
-    if data.flow_method.startswith("raft"):
+    if data.flow_weights is not None and data.flow_method.startswith("raft"):
         return _raft(data.flow_method, data.flow_weights)
     return FlowMethod("grey", _dis)
 
 
 def flow_identity(data: DataConfig) -> dict[str, Any]:
     """Return what a cache's identity must know of the method beyond the settings: the content of RAFT's weights."""
-    if not data.flow_method.startswith("raft"):
+    if data.flow_weights is None or not data.flow_method.startswith("raft"):
         return {}
     return {"flow_weights": _content_digest(data.flow_weights), "flow_from": f"torchvision {version('torchvision')}"}
 
@@ -58,7 +58,8 @@ def _dis(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     import cv2
 
     cv2.setNumThreads(1)  # the field must not depend on the number of threads
-    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(one, two, None)
+    method = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    return method.calc(one, two, None)  # type: ignore[call-overload]  # its stubs lack None: OpenCV makes the array
 
 
 def _farneback(one: np.ndarray, two: np.ndarray) -> np.ndarray:
@@ -66,7 +67,8 @@ def _farneback(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     import cv2
 
     cv2.setNumThreads(1)
-    return cv2.calcOpticalFlowFarneback(one, two, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+    settings = (0.5, 3, 15, 3, 5, 1.2, 0)
+    return cv2.calcOpticalFlowFarneback(one, two, None, *settings)  # type: ignore[call-overload]  # as above
 
 
 @lru_cache(maxsize=1)

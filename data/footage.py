@@ -19,7 +19,7 @@ HEARD = frozenset(".aac .aif .aiff .flac .m4a .mka .mp3 .oga .ogg .opus .wav .wm
 RATED = {"video": "video_fps", "flow": "flow_fps", "audio": "audio_hz"}
 
 
-def find_footage(where: str | os.PathLike) -> list[Path]:
+def find_footage(where: str | os.PathLike[str]) -> list[Path]:
     """Return the films that a name stands for: itself, or all that lie in or below a folder, sorted.
 
     In a folder: media files by their suffix, and folders of numbered pictures; hidden files are left out.  A folder of
@@ -57,10 +57,10 @@ def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def footage_clip(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     data: DataConfig,
     span: tuple[float, float | None] = (0.0, None),
-    files: Mapping[str, str | os.PathLike] | None = None,
+    files: Mapping[str, str | os.PathLike[str]] | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> Clip:
     """Return a stretch of a film as a clip.

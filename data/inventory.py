@@ -64,7 +64,8 @@ def _tokens(cache: Cache, modality: str, name: str, identity: dict[str, Any] | N
     path = cache.tokens_path(modality, name)
     if not (path / "zarr.json").exists():
         return None
-    store, counts = TokenStore.open(path), Counter()
+    store = TokenStore.open(path)
+    counts: Counter[str] = Counter()
     for view in range(cache.n_views(modality, name)):
         for receipt in cache.valid_receipts(modality, name, view).values():
             counts += Counter(receipt["counts"])

@@ -1,15 +1,15 @@
 """Media files of any container that PyAV reads: opening, the clock, and decoding forward from a time."""
 
-import glob
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from .errors import MediaError, cause
-from .places import StoredFile, exists, is_local, place
+from .places import StoredFile, exists, is_local
 
 if TYPE_CHECKING:
     import av
@@ -38,19 +38,10 @@ class Reading:
     reason: str = ""
 
 
-def matches(path: Path) -> list[Path]:
-    """Return the files and folders that a path with `*` stands for, sorted; `*` is any part of one name."""
-    pattern = "*".join(map(glob.escape, str(path).split("*")))
-    if is_local(path):
-        return [Path(found) for found in sorted(glob.glob(pattern))]
-    return [place(path.fs.unstrip_protocol(found)) for found in sorted(path.fs.glob(pattern))]
-
-
-def located(path: Path) -> Path:
-    """Return the one file or folder that a path with `*` stands for; unless there is exactly one, the path as it is."""
-    file, inside, name = str(path).partition("::")
-    found = matches(place(file)) if "*" in file else []
-    return place(f"{found[0]}{inside}{name}") if len(found) == 1 else path
+def tick_of(stream: "av.stream.Stream") -> Fraction:
+    """Return the seconds that one unit of a stream's time stamps stands for."""
+    assert stream.time_base is not None  # FFmpeg gives one to each stream that it opens
+    return stream.time_base
 
 
 class Frame:
@@ -101,7 +92,7 @@ class Media:
         if "*" in str(self.path):
             raise MediaError(f"{self.path}: stands for no file, or for several; expected one. Correct the pattern.")
         try:
-            container = av.open(self._source(), metadata_errors="replace")
+            container = av.open(self._source(), "r", metadata_errors="replace")
         except av.error.FFmpegError as error:
             raise MediaError(f"{self.path}: not a media file: {cause(error)}. Fetch it again.") from None
         if LISTS & {*container.format.name.split(",")}:
@@ -145,7 +136,7 @@ class Media:
             return 0.0
         # AVI has no times of display: its start is where decoding starts, some frames before the first is shown.
         if stream.start_time is not None and self.container.format.name != "avi":
-            return float(stream.start_time * stream.time_base)
+            return float(stream.start_time * tick_of(stream))
         return next((time for time, _ in self._decode_forward(stream.index, None, 0.0)), 0.0)
 
     @property
@@ -159,7 +150,7 @@ class Media:
         """Seconds that the header promises: quick, and less to be believed than `duration_s`, its fallback."""
         stream = self.pictures or self.sound
         if stream is not None and stream.duration:
-            return float(stream.duration * stream.time_base)
+            return float(stream.duration * tick_of(stream))
         return self.duration_s if not self.container.duration else self.container.duration / 1e6
 
     @cached_property
@@ -168,10 +159,9 @@ class Media:
 
         Raises MediaError if the file's header promises much more than the file holds: it has been cut short.
         """
-        self._require_content()
         held = self._held_end_s() - self.start_s
-        stream = self.pictures or self.sound  # only now: both may have opened the file anew
-        stated = float((stream.duration or 0) * stream.time_base)
+        stream = self._require_content()  # only now: both may have opened the file anew
+        stated = float((stream.duration or 0) * tick_of(stream))
         if held <= 0:  # a single packet that does not say how long it lasts
             return stated
         if stated > held + STATED_SLACK_S:
@@ -183,9 +173,9 @@ class Media:
         import av
 
         self._rewind()
-        stream, stamp, end = self.pictures or self.sound, None, 0
-        rate = stream.average_rate if stream is self.pictures else None
-        usual = round(1 / (rate * stream.time_base)) if rate else 0
+        stream, stamp, end = self._require_content(), None, 0
+        rate, tick = stream.average_rate if stream is self.pictures else None, tick_of(stream)
+        usual = round(1 / (rate * tick)) if rate else 0
         try:
             for packet in self.container.demux(stream):
                 if packet.size:  # the last one is empty and only flushes the decoder
@@ -196,7 +186,7 @@ class Media:
             self.broken = cause(error)
         if stamp is None:
             raise MediaError(f"{self.path}: not one packet can be read. Fetch it again.")
-        return float(end * stream.time_base)
+        return float(end * tick)
 
     @property
     def has_pictures(self) -> bool:
@@ -210,15 +200,17 @@ class Media:
         self._require_content()
         return self.sound is not None
 
-    def _require_content(self) -> None:
-        """Raise MediaError for a file without picture and sound: a modality of it is not absent, the file is wrong."""
-        if self.pictures is None and self.sound is None:
+    def _require_content(self) -> "av.VideoStream | av.AudioStream":
+        """Return the stream whose clock it is; raise MediaError for a file without any: nothing is absent by design."""
+        if (stream := self.pictures or self.sound) is None:
             raise MediaError(f"{self.path}: holds neither picture nor sound. Fetch it again, or correct the table.")
+        return stream
 
     def worth_seeking(self, from_s: float, to_s: float) -> bool:
         """Say whether a key frame lies between two moments, by the file's index; without one, whether they are far."""
         stream = self.pictures
-        tick, zero_s, index = float(stream.time_base), self.start_s, stream.index_entries
+        assert stream is not None  # nobody seeks what cannot be seen
+        tick, zero_s, index = float(tick_of(stream)), self.start_s, stream.index_entries
         if len(index) < 2:  # no index, or one that is only read as the file is
             return to_s - from_s > FAR_S
         key = index.search_timestamp(round((to_s + zero_s) / tick))
@@ -226,8 +218,9 @@ class Media:
 
     def frames(self, from_s: float) -> Iterator[Frame]:
         """Yield the frames of the video in order of display, as `decode` does."""
-        usual = self.frame_s
-        for time, picture in self.decode(self.pictures, from_s):
+        usual, stream = self.frame_s, self.pictures
+        assert stream is not None  # `has_pictures` said so
+        for time, picture in self.decode(stream, from_s):
             lasts = float(picture.duration * picture.time_base) if picture.duration and picture.time_base else 0.0
             yield Frame(time, lasts or usual, partial(self._intact, time, picture))
 
@@ -238,7 +231,9 @@ class Media:
 
     def sound_frames(self, from_s: float) -> "Iterator[tuple[float, av.AudioFrame]]":
         """Yield (time, frame) of the sound, as `decode` does."""
-        return self.decode(self.sound, from_s)
+        stream = self.sound
+        assert stream is not None  # `has_sound` said so
+        return self.decode(stream, from_s)
 
     def decode(self, stream: "av.VideoStream | av.AudioStream", from_s: float) -> Iterator[tuple[float, Any]]:
         """Yield (time, frame) in order of display, the first at or before `from_s` wherever the file has one.
@@ -270,8 +265,9 @@ class Media:
         try:
             self._rewind() if from_s is None or from_s <= 0 else self._seek(index, from_s + zero_s)
             stream = self.container.streams[index]
-            tick, time, due = float(stream.time_base), -math.inf, 0.0
-            for frame in self.container.decode(stream):
+            tick, time, due = float(tick_of(stream)), -math.inf, 0.0
+            frames = cast("Iterator[av.VideoFrame | av.AudioFrame]", self.container.decode(stream))
+            for frame in frames:
                 stamp = frame.dts if frame.pts is None else frame.pts
                 time = max(time, due if stamp is None else stamp * tick - zero_s)
                 due = time + (frame.duration or 0) * tick
@@ -281,7 +277,7 @@ class Media:
 
     def _seek(self, index: int, stamp_s: float) -> None:
         stream = self.container.streams[index]
-        self.container.seek(round(stamp_s / stream.time_base), stream=stream)
+        self.container.seek(round(stamp_s / tick_of(stream)), stream=stream)
         self._used = True
 
     def _rewind(self) -> None:

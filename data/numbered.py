@@ -24,7 +24,10 @@ class Pictures(Protocol):
     """Encoded pictures by number."""
 
     path: Path
-    fps: float | None  # stated by the pictures themselves
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second, where the pictures themselves state it."""
 
     @property
     def numbers(self) -> np.ndarray:
@@ -49,7 +52,8 @@ class NumberedFrames:
 
     def __init__(self, pictures: Pictures, fps: float | None) -> None:
         self.path, self.broken = pictures.path, ""
-        self._pictures, self._given, self._decoders = pictures, fps, {}
+        self._pictures, self._given = pictures, fps
+        self._decoders: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +181,9 @@ class FrameFolder:
         _, names = self._listing()
         known = names.get(number)
         if known is None:
-            prefix, digits, kind = PICTURE.fullmatch(next(iter(names.values()), "0001.jpg")).groups()
+            like = PICTURE.fullmatch(next(iter(names.values()), "0001.jpg"))
+            assert like is not None  # no other name is listed
+            prefix, digits, kind = like.groups()
             return f"{prefix}{number:0{len(digits)}d}.{kind}"
         return known
 

@@ -52,7 +52,7 @@ class _Packed:
             self._file = None
 
     def _found(self) -> "h5py.Dataset | h5py.Group":
-        file, name = split_pack(self.path)
+        file, name = split_pack(self.path) or (self.path, "")
         if not name:
             raise MediaError(f"{file}: names no dataset. Write {file.name}::NAME, or ::{{video_id}} in a pattern.")
         with intact(self.path):

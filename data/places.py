@@ -4,14 +4,18 @@ Both are paths in use: `/`, `exists`, `read_bytes`, `glob`, `unlink`.  What diff
 `publish` knows, and how one is read in parts.
 """
 
+import glob
 import io
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from .errors import ConfigError, InstallationError, MediaError
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 # Media are read in blocks, the last ones of which stay in memory: an index may lie at either end of a file.
 BLOCK_BYTES, N_BLOCKS = 2**20, 32
@@ -22,7 +26,7 @@ def is_address(text: object) -> bool:
     return "://" in str(text)
 
 
-def place(where: str | os.PathLike) -> Path:
+def place(where: str | os.PathLike[str]) -> Path:
     """Return a local path, or for an address the path-like object of universal_pathlib.
 
     Raises InstallationError if what the address needs is not installed, ConfigError if nobody knows its protocol.
@@ -30,7 +34,7 @@ def place(where: str | os.PathLike) -> Path:
     if isinstance(where, Path) or not is_address(where):
         return Path(where)
     if not isinstance(where, str):
-        return where
+        return cast(Path, where)  # has been here before
     protocol = where.partition("://")[0]
     try:
         from upath import UPath
@@ -42,7 +46,7 @@ def place(where: str | os.PathLike) -> Path:
         raise InstallationError(f"{where}: {error}. Install what it needs: pip install 'karmma[{protocol}]'.") from None
     except ValueError as error:
         raise ConfigError(f"{where}: {error}. Use a folder, s3:// or gs://.") from None
-    return found
+    return cast(Path, found)  # which it is in all that we do with it; `remote` for the rest
 
 
 def under(folder: Path, text: str) -> Path:
@@ -55,9 +59,14 @@ def is_local(path: Path) -> TypeGuard[Path]:
     return isinstance(path, Path)
 
 
+def remote(path: Path) -> "UPath":
+    """Return a path that is not local as what it is: with a file system `fs`, and a `path` in there."""
+    return cast("UPath", path)
+
+
 def zarr_store(path: Path) -> dict[str, Any]:
     """Return the arguments with which zarr opens what lies at `path`."""
-    options = {} if is_local(path) else {"storage_options": dict(path.storage_options)}
+    options = {} if is_local(path) else {"storage_options": dict(remote(path).storage_options)}
     return {"store": str(path), **options}
 
 
@@ -71,6 +80,22 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path) if is_local(path) else path.is_dir()
 
 
+def matches(path: Path) -> list[Path]:
+    """Return the files and folders that a path with `*` stands for, sorted; `*` is any part of one name."""
+    pattern = "*".join(map(glob.escape, str(path).split("*")))
+    if is_local(path):
+        return [Path(found) for found in sorted(glob.glob(pattern))]
+    files = remote(path).fs
+    return [place(files.unstrip_protocol(found)) for found in sorted(files.glob(pattern))]
+
+
+def located(path: Path) -> Path:
+    """Return the one file or folder that a path with `*` stands for; unless there is exactly one, the path as it is."""
+    file, inside, name = str(path).partition("::")
+    found = matches(place(file)) if "*" in file else []
+    return place(f"{found[0]}{inside}{name}") if len(found) == 1 else path
+
+
 def sizes(folder: Path) -> dict[str, int]:
     """Return the size in bytes of every file below a folder, by its path from there; none if there is no folder."""
     if is_local(folder):
@@ -80,14 +105,14 @@ def sizes(folder: Path) -> dict[str, int]:
             with suppress(FileNotFoundError):  # somebody works there
                 found[file.relative_to(folder).as_posix()] = file.stat().st_size
         return found
-    top = folder.path.rstrip("/")
-    found = folder.fs.find(top, detail=True)  # one request for a thousand files
-    return {name.removeprefix(top).lstrip("/"): about["size"] for name, about in found.items()}
+    top = remote(folder).path.rstrip("/")
+    listed = remote(folder).fs.find(top, detail=True)  # one request for a thousand files
+    return {name.removeprefix(top).lstrip("/"): about["size"] for name, about in listed.items()}
 
 
 def read_bytes(path: Path) -> bytes:
     """Return a whole file, by one request; raises what `storage_errors` names."""
-    return path.read_bytes() if is_local(path) else path.fs.cat_file(path.path)
+    return path.read_bytes() if is_local(path) else remote(path).fs.cat_file(remote(path).path)
 
 
 def names(folder: Path) -> list[str]:
@@ -95,15 +120,16 @@ def names(folder: Path) -> list[str]:
     try:
         if is_local(folder):
             return sorted(os.listdir(folder))
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in folder.fs.ls(folder.path, detail=False))
+        listed = remote(folder).fs.ls(remote(folder).path, detail=False)
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in listed)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def storage_errors() -> tuple[type[Exception], ...]:
-    """Return what reading and writing may raise: OSError, and what the libraries in use for object stores add to it."""
+def storage_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return what reading and writing may raise: OSError, what libraries in use for object stores add to it, `more`."""
     known = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))
-    return (OSError, *(getattr(sys.modules[module], name) for module, name in known if module in sys.modules))
+    return (OSError, *more, *(getattr(sys.modules[module], name) for module, name in known if module in sys.modules))
 
 
 class StoredFile(io.RawIOBase):
@@ -113,7 +139,7 @@ class StoredFile(io.RawIOBase):
         self.path = path
         cache = {"cache_type": "blockcache", "cache_options": {"maxblocks": N_BLOCKS}}
         try:
-            self._file = path.fs.open(path.path, "rb", block_size=BLOCK_BYTES, **cache)
+            self._file = remote(path).fs.open(remote(path).path, "rb", block_size=BLOCK_BYTES, **cache)
         except FileNotFoundError:
             raise MediaError(f"{path}: no such file. Put it there, or correct the clip table.") from None
         except storage_errors() as error:

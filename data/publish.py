@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CacheError, KarmmaError, cause
-from .places import is_local, read_bytes, storage_errors
+from .places import is_local, read_bytes, remote, storage_errors
 
 # Bytes, or anything that holds bytes, such as an Arrow buffer.
 Buffer = bytes | memoryview | Any
@@ -114,7 +114,7 @@ def create(path: Path, data: bytes) -> bool:
 
 def _put(path: Path, data: bytes, **options: str) -> None:
     """Send a file by one PUT, however large: a shard is never there in part."""
-    path.fs.pipe_file(path.path, data, chunksize=len(data) + 1, **options)
+    remote(path).fs.pipe_file(remote(path).path, data, chunksize=len(data) + 1, **options)
 
 
 def _link(temporary: Path, path: Path, data: bytes) -> None:
@@ -183,7 +183,7 @@ def publish_json(path: Path, value: Any) -> None:
     publish(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def publish_folder(path: Path, fill: Callable[[Path], None], mark: str = "zarr.json") -> None:
+def publish_folder(path: Path, fill: Callable[[Path], object], mark: str = "zarr.json") -> None:
     """Let `fill` write a whole folder under a temporary name, then give it its own; an existing one is replaced.
 
     In an object store, which knows no folders, the file `mark` is sent last: without it there is no store.
@@ -208,7 +208,7 @@ def publish_folder(path: Path, fill: Callable[[Path], None], mark: str = "zarr.j
         sync_folder(path.parent)
 
 
-def _send_folder(path: Path, fill: Callable[[Path], None], mark: str) -> None:
+def _send_folder(path: Path, fill: Callable[[Path], object], mark: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fill(Path(folder) / "store")
         files = [file for file in (Path(folder) / "store").rglob("*") if file.is_file()]
@@ -221,7 +221,7 @@ def remove(path: Path) -> None:
     with _blaming(path):
         if not is_local(path):
             with suppress(FileNotFoundError):
-                path.fs.rm(path.path, recursive=True)
+                remote(path).fs.rm(remote(path).path, recursive=True)
             return
         if path.is_dir():
             doomed = _temporary(path)  # as one step: half a folder never bears the name
@@ -271,17 +271,18 @@ def read_json_files(folder: Path) -> dict[str, Any]:
             with suppress(FileNotFoundError):  # superseded just now
                 texts[file.name] = file.read_bytes()
     else:
-        files = [file for file in folder.fs.find(folder.path) if file.endswith(".json")]
+        files = remote(folder).fs
+        names = [name for name in files.find(remote(folder).path) if name.endswith(".json")]
         # All at once: one answer may take as long as the other thousand.
-        texts = folder.fs.cat(files, on_error="return") if files else {}
-        for file, text in list(texts.items()):
+        texts = files.cat(names, on_error="return") if names else {}
+        for name, text in list(texts.items()):
             if isinstance(text, FileNotFoundError):  # superseded just now
-                del texts[file]
+                del texts[name]
             elif isinstance(text, Exception):  # a store that does not answer must not look like one that is empty
                 raise text
     found: dict[str, Any] = {}
-    for file, text in texts.items():
-        stem = file.rpartition("/")[2].removesuffix(".json")
+    for name, text in texts.items():
+        stem = name.rpartition("/")[2].removesuffix(".json")
         try:
             found[stem] = _parsed(folder, text)
         except CacheError:

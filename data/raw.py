@@ -18,11 +18,11 @@ from .audio import Sound, read_audio
 from .config import DataConfig
 from .detections import has_boxes, place_boxes, read_boxes
 from .errors import MediaError
-from .media import Media, Reading, located
+from .media import Media, Reading
 from .modality import ABSENT, FAILED, PRESENT
 from .packs import PackedSound, open_frames, split_pack
 from .pictures import Asked, read_pictures
-from .places import is_folder
+from .places import is_folder, located
 from .released import read_released
 from .video import Converter, Film, frames_at
 from .views import View, view_times

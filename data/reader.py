@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from io import FileIO
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,11 +33,14 @@ LENGTH = struct.Struct("<I")
 # Bytes that a reader may hold.  A clip takes some hundred MB, with RAFT at full HD some GB; what wants more is damaged.
 MOST_MEMORY = 8 * 2**30
 
+Bytes = TypeVar("Bytes", bytearray, np.ndarray)
+
 
 def send(pipe: FileIO, header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
     """Write a message; raises BrokenPipeError if nobody is there to read it."""
     text = json.dumps(header).encode()
-    for part in (LENGTH.pack(len(text)) + text, *(array.ravel().view(np.uint8) for array in arrays)):
+    parts: list[bytes | np.ndarray] = [LENGTH.pack(len(text)) + text]
+    for part in (*parts, *(array.ravel().view(np.uint8) for array in arrays)):
         rest = memoryview(part)
         while rest:
             rest = rest[pipe.write(rest) :]
@@ -49,7 +52,7 @@ def receive(pipe: FileIO) -> dict[str, Any]:
     return json.loads(fill(pipe, bytearray(size)))
 
 
-def fill(pipe: FileIO, buffer: bytearray | np.ndarray) -> bytearray | np.ndarray:
+def fill(pipe: FileIO, buffer: Bytes) -> Bytes:
     """Read one-dimensional bytes to the end of `buffer`; raises EOFError if they end before it does."""
     rest = memoryview(buffer)
     while rest:
@@ -135,7 +138,8 @@ def _row(name: str, reading: Reading) -> tuple[Any, ...]:
 
 
 def _clip(video: str, sources: dict[str, str | None], **rest: Any) -> Clip:
-    return Clip(video=place(video), sources={name: path and place(path) for name, path in sources.items()}, **rest)
+    files = {name: place(path) if path else None for name, path in sources.items()}
+    return Clip(video=place(video), sources=files, **rest)
 
 
 def _missing(name: str, error: Exception) -> str:

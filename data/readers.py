@@ -9,6 +9,8 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
+from io import FileIO
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -26,6 +28,7 @@ PATIENCE_S = 120.0
 
 # A clip, the index of its view, and the modalities to read.
 Order = tuple[Clip, int, tuple[str, ...]]
+Readings = dict[str, Reading]  # by modality
 
 
 class _LostError(Exception):
@@ -54,7 +57,8 @@ class ReaderPool:
         for reader in self._readers:
             reader.disown()
         self._pid, self._lock, self._closing = os.getpid(), threading.Lock(), False
-        self._readers, self._idle = [], []
+        self._readers = []
+        self._idle: list[_Reader] = []
         self._threads = ThreadPoolExecutor(self.n_readers, "reader")
 
     def __enter__(self) -> Self:
@@ -76,7 +80,7 @@ class ReaderPool:
             reader.end()
         self._readers, self._idle = [], []
 
-    def submit(self, orders: Sequence[Order]) -> "list[Future[dict[str, Reading]]]":
+    def submit(self, orders: Sequence[Order]) -> list[Future[Readings]]:
         """Ask for clips; those of one video are read together.  Returns one future for each, in order.
 
         What cannot be read is a FAILED reading.  A future raises InstallationError if a library does not load,
@@ -84,8 +88,8 @@ class ReaderPool:
         """
         if self._pid != os.getpid():
             self._begin()
-        futures: list[Future] = [Future() for _ in orders]
-        videos: dict[tuple, list[int]] = {}
+        futures: list[Future[Readings]] = [Future() for _ in orders]
+        videos: dict[tuple[Path, float | None], list[int]] = {}
         for at, (clip, _, _) in enumerate(orders):
             videos.setdefault((clip.video, clip.rates.get("video")), []).append(at)
         for places in videos.values():
@@ -181,10 +185,14 @@ class _Reader:
             },
             process_group=0,  # out of the reach of the terminal's Ctrl-C and Ctrl-Z
         )
+        asked, answers = self.process.stdin, self.process.stdout
+        assert isinstance(asked, FileIO)  # as nothing is buffered
+        assert isinstance(answers, FileIO)
+        self._asked, self._answers = asked, answers
 
     def start(self, data: DataConfig, patience_s: float) -> None:
         """Hand over the settings and wait until the libraries are loaded."""
-        send(self.process.stdin, {"data": data.model_dump(mode="json"), "patience_s": patience_s})
+        send(self._asked, {"data": data.model_dump(mode="json"), "patience_s": patience_s})
         self._receive()
         self.is_ready = True
 
@@ -192,11 +200,11 @@ class _Reader:
         """Return the readings of clips of one video; raises EOFError or BrokenPipeError if the process has ended."""
         clips, views, modalities = zip(*orders, strict=True)
         request = {"clips": [*map(_row, clips)], "views": [*map(int, views)], "modalities": modalities}
-        send(self.process.stdin, request)
+        send(self._asked, request)
         return [{name: self._reading(*said) for name, *said in readings} for readings in self._receive()["readings"]]
 
     def _receive(self) -> dict[str, Any]:
-        answer = receive(self.process.stdout)
+        answer = receive(self._answers)
         if "missing" in answer:
             raise InstallationError(answer["missing"])
         if "refused" in answer:
@@ -209,20 +217,20 @@ class _Reader:
         if not dtype:
             return Reading(state, None, reason)
         array = np.empty(shape, dtype)
-        fill(self.process.stdout, array.reshape(-1).view(np.uint8))
+        fill(self._answers, array.reshape(-1).view(np.uint8))
         return Reading(state, array, reason)
 
     def end(self) -> None:
         """End the process, if it has not ended by itself, and close the pipes."""
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self._asked.close()
+        self._answers.close()
 
     def disown(self) -> None:
         """Let go of a process that is another one's child."""
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self._asked.close()
+        self._answers.close()
         self.process.returncode = 0  # else Popen waits for it
 
 
@@ -231,7 +239,7 @@ def _row(clip: Clip) -> dict[str, Any]:
     return vars(clip) | {"video": str(clip.video), "sources": sources, "rates": dict(clip.rates)}
 
 
-def _hand_out(futures: list[Future], task: Future) -> None:
+def _hand_out(futures: list[Future[Readings]], task: Future[list[Readings]]) -> None:
     """Give each clip of a group its readings, or the group's error."""
     error = CancelledError() if task.cancelled() else task.exception()
     for at, future in enumerate(futures):

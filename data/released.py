@@ -53,6 +53,6 @@ def released_picture(levels: np.ndarray, view: View, size: int) -> np.ndarray:
     magnitude = np.minimum(np.hypot(motion[..., 0], motion[..., 1]), LARGEST_MAGNITUDE)
     values = crop(np.dstack([motion, magnitude]), replace(view, box=None), size)  # [S, S, 3]
     if view.flip:
-        values = values[:, ::-1] * np.float32([-1, 1, 1])
-    levels = np.rint(values) + np.float32([ZERO, ZERO, 0])
+        values = values[:, ::-1] * np.array([-1, 1, 1], np.float32)
+    levels = np.rint(values) + np.array([ZERO, ZERO, 0], np.float32)
     return np.clip(levels, 0, 255).astype(np.uint8).transpose(2, 0, 1)  # [3, S, S]

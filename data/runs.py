@@ -142,8 +142,9 @@ class RunFolder:
         """Bring model and optimizer back to what was saved; return what was said of it, None if nothing was saved."""
         if not self._state.exists():
             return None
-        found, weights, kept = self.load_checkpoint("state"), {}, {}
-        for name, tensor in found.items():
+        weights: dict[str, Tensor] = {}
+        kept: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self.load_checkpoint("state").items():
             part, _, rest = name.partition("/")
             if part == "model":
                 weights[rest] = tensor

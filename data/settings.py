@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from .places import is_address
 from .publish import publish
 
 PRESETS = ("tiny", "paper")
+# Where settings come from, and section -> field -> value.
+Layer = tuple[str, Mapping[str, Any]]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def resolve(models: Mapping[str, type[StageConfig]], *layers: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
+def resolve(models: Mapping[str, type[StageConfig]], *layers: Layer) -> dict[str, Any]:
     """Merge named layers of settings, the later one winning, and validate every section.
 
     models: section name -> its model.  layers: (where it comes from, {section: {field: value}}).
@@ -71,7 +73,7 @@ def resolve(models: Mapping[str, type[StageConfig]], *layers: tuple[str, Mapping
     return out
 
 
-def _said(section: str, model: type[StageConfig], layers: tuple[tuple[str, Mapping], ...], item: Any) -> str:
+def _said(section: str, model: type[StageConfig], layers: Sequence[Layer], item: Any) -> str:
     """Turn one pydantic error into a line that names the layer, the field, the value and the next step."""
     path = [str(part) for part in item["loc"]]
     # What is wrong with fields together is said of those that the message names.

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import prod
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -20,8 +20,11 @@ from zarr.storage import MemoryStore
 
 from .errors import CacheError
 from .modality import UNWRITTEN
-from .places import is_local, storage_errors
+from .places import is_local, remote, storage_errors
 from .publish import read_json
+
+if TYPE_CHECKING:
+    from zarr.abc.buffer import Buffer
 
 MISSING = 2**64 - 1  # as the offset of a chunk that was left out, in the file
 LEFT_OUT = -1  # and here
@@ -41,24 +44,34 @@ def state_file(folder: Path, shard: int, view: int) -> Path:
     return folder / "c" / str(shard) / str(view)
 
 
-def is_plain_state(states: zarr.Array, shard_rows: int) -> bool:
+def is_plain_state(states: "zarr.Array[Any]", shard_rows: int) -> bool:
     """Say whether every chunk of an array of states is a file of bytes, one a clip."""
     return (
         states.chunks == (shard_rows, 1)
         and states.shards is None
         and states.dtype == np.uint8
         and states.fill_value == UNWRITTEN
+        and states.metadata.zarr_format == 3
         and [type(codec).__name__ for codec in states.metadata.codecs] == ["BytesCodec"]
         and states.metadata.chunk_key_encoding.encode_chunk_key((0, 0)) == "c/0/0"
     )
 
 
-def encode_shard(like: zarr.Array, rows: np.ndarray) -> bytes:
+def array_in(group: zarr.Group, name: str) -> "zarr.Array[Any]":
+    """Return an array of a store; raises KeyError if there is none of that name, TypeError if it is a group."""
+    found = group[name]
+    if not isinstance(found, zarr.Array):
+        raise TypeError(f"{name} is a group, expected an array")
+    return found
+
+
+def encode_shard(like: "zarr.Array[Any]", rows: np.ndarray) -> bytes:
     """Return the bytes of one whole shard of the array `like`, as zarr itself encodes them.
 
     rows: [n, 1, ...], n at most the clips of a shard; chunks that hold only the fill value are left out, as zarr does.
     """
-    files: dict = {}
+    assert like.shards is not None  # as `TokenStore.create` made it
+    files: dict[str, Buffer] = {}
     shape = (like.shards[0], *rows.shape[1:])
     array = zarr.create_array(
         MemoryStore(files),
@@ -219,9 +232,9 @@ class ShardFiles:
 
     def _ranges(self, keys: list[tuple[int, int]], starts: list[int], n_bytes: int | None) -> Iterable[bytes]:
         ends = [None if n_bytes is None else start + n_bytes for start in starts]
-        paths = [self.path(*key).path for key in keys]
+        paths = [remote(self.path(*key)).path for key in keys]
         try:
-            return self.folder.fs.cat_ranges(paths, starts, ends, on_error="raise") if keys else []
+            return remote(self.folder).fs.cat_ranges(paths, starts, ends, on_error="raise") if keys else []
         except FileNotFoundError as error:
             raise CacheError(f"{error}: this shard is missing. Extract again.") from None
         except storage_errors() as error:
@@ -232,7 +245,8 @@ class _File:
     """An open file that closes itself once nobody uses it: a thread may be reading when another lets go of it."""
 
     def __init__(self, path: Path, is_mapped: bool) -> None:
-        self.path, self.number, self.offsets = path, -1, []
+        self.path, self.number = path, -1
+        self.offsets: list[int] = []
         try:
             self.number = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -253,8 +267,8 @@ class _File:
             return len(found)
         at = 0
         try:
-            while at < len(part) and (found := os.preadv(self.number, [part[at:]], offset + at)):
-                at += found
+            while at < len(part) and (n_read := os.preadv(self.number, [part[at:]], offset + at)):
+                at += n_read
         except OSError as error:
             raise CacheError(f"{self.path}: cannot be read: {error.strerror}. Check the disk.") from None
         return at

@@ -25,7 +25,8 @@ def read_something(path: Path, labels: Path | None, heads: tuple[str, ...]) -> t
     classes = _classes(_labels_file(path, labels))
     entries = _entries(path)
     bad: dict[int, str] = {}
-    ids, found, lines, seen = [], [], [], {}
+    seen: dict[str, Any] = {}
+    ids, found, lines = [], [], []
     for line, entry in enumerate(entries, 1):
         clip_id = str(entry.get("id", "")) if isinstance(entry, dict) else ""
         if not clip_id:

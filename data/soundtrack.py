@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .errors import MediaError, cause
-from .media import Media
+from .media import Media, tick_of
 
 if TYPE_CHECKING:
     import av
+
+    Heard = tuple[float, list[av.Packet[av.AudioStream]]]  # when, and what
 
 AAC_HZ = (48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 
@@ -22,19 +24,20 @@ class Soundtrack:
 
     def __init__(self, media: Media, zero_s: float, out: "av.container.OutputContainer") -> None:
         self._media, self._out, track = media, out, media.sound
+        assert track is not None  # asked for where there is sound
         codec = track.codec_context
         if codec is None:
             raise MediaError(f"{media.path}: this installation of PyAV has no decoder for its sound. Convert the file.")
-        begins_s = zero_s if track.start_time is None else float(track.start_time * track.time_base)
+        begins_s = zero_s if track.start_time is None else float(track.start_time * tick_of(track))
         self.lead_s = max(0.0, zero_s - begins_s)
         self._shift_s = self.lead_s - zero_s
         if codec.codec.canonical_name in out.supported_codecs:
-            self._stream, self._packets = out.add_stream_from_template(track), self._copy()
+            self._stream, self._packets = out.add_stream_from_template(track), self._copy(track)
         else:
             rate = codec.sample_rate if codec.sample_rate in AAC_HZ else AAC_HZ[0]
             layout = "mono" if codec.layout.nb_channels == 1 else "stereo"
             self._stream, self._packets = out.add_stream("aac", rate=rate, layout=layout), self._encode()
-        self._next: tuple[float, list[av.Packet]] | None = None
+        self._next: Heard | None = None
 
     def write_to(self, time_s: float) -> None:
         """Write the sound up to a moment of the film."""
@@ -46,12 +49,11 @@ class Soundtrack:
                 self._out.mux(packet)
             self._next = None
 
-    def _copy(self) -> "Iterator[tuple[float, list[av.Packet]]]":
+    def _copy(self, track: "av.AudioStream") -> "Iterator[Heard]":
         """Yield (time, packets) as they are in the file."""
         import av
 
-        track, due = self._media.sound, 0
-        tick = track.time_base
+        tick, due = tick_of(track), 0
         shift = round(self._shift_s / tick)
         try:
             for packet in self._media.container.demux(track):
@@ -65,7 +67,7 @@ class Soundtrack:
         except (av.error.FFmpegError, IndexError) as error:  # IndexError: damage adds or removes a stream
             raise MediaError(f"{self._media.path}: its sound breaks off: {cause(error)}. Fetch it again.") from None
 
-    def _encode(self) -> "Iterator[tuple[float, list[av.Packet]]]":
+    def _encode(self) -> "Iterator[Heard]":
         """Yield (time, packets) of AAC."""
         time = 0.0
         for time, frame in self._media.sound_frames(-1.0):

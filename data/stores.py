@@ -16,14 +16,15 @@ from .identity import FORMAT
 from .modality import PRESENT, UNWRITTEN
 from .places import is_local, place, read_bytes, zarr_store
 from .publish import publish, publish_folder, read_json, sweep
-from .shards import AGAIN, ShardFiles, decode_shard, encode_shard, is_plain_state, shard_file, state_file
+from .shards import AGAIN, ShardFiles, array_in, decode_shard, encode_shard, is_plain_state, shard_file, state_file
 
 
 def _opened(path: Path) -> zarr.Group:
     if not (path / "zarr.json").exists():
         raise CacheError(f"{path}: no such store. Run the command that makes it, or name another.")
     group = zarr.open_group(**zarr_store(path), mode="r", use_consolidated=False)
-    found = {**group.attrs, **group.attrs.get("identity", {})}.get("format", FORMAT)
+    attributes: dict[str, Any] = dict(group.attrs)
+    found = {**attributes, **attributes.get("identity", {})}.get("format", FORMAT)
     if found > FORMAT:
         raise CacheError(f"{path}: has format {found}, this version reads up to {FORMAT}. Install a newer karmma.")
     return group
@@ -57,7 +58,7 @@ class TokenStore:
     def __init__(self, path: Path) -> None:
         with _described(path):
             self.path, self.group = path, _opened(path)
-            self.tokens, self.states = self.group["tokens"], self.group["state"]
+            self.tokens, self.states = array_in(self.group, "tokens"), array_in(self.group, "state")
             self.n_clips, self.n_views, self.k, self.width = self.tokens.shape
             self.shard_rows = (self.tokens.shards or self.tokens.chunks)[0]
             plain = ShardFiles.understands(read_json(path / "tokens" / "zarr.json"))
@@ -74,13 +75,12 @@ class TokenStore:
 
         def fill(folder: Path) -> None:
             group = zarr.open_group(str(folder), mode="w", zarr_format=3, attributes=attributes)
-            n_clips, n_views, k, width = shape
             # NaN, not 0: a row that leaks without having been written must be loud.
             group.create_array(
                 "tokens",
                 shape=shape,
-                shards=(shard_rows, 1, k, width),
-                chunks=(1, 1, k, width),
+                shards=(shard_rows, 1, *shape[2:]),
+                chunks=(1, 1, *shape[2:]),
                 dtype="float16",
                 fill_value=np.nan,
                 compressors=None,
@@ -88,7 +88,7 @@ class TokenStore:
             )
             group.create_array(
                 "state",
-                shape=(n_clips, n_views),
+                shape=shape[:2],
                 chunks=(shard_rows, 1),
                 dtype="uint8",
                 fill_value=UNWRITTEN,
@@ -205,11 +205,11 @@ class LogitStore:
     def __init__(self, path: Path) -> None:
         with _described(path):
             self.path, self.group = path, _opened(path)
-            self.attributes = dict(self.group.attrs)
-            self.heads = tuple(self.attributes["classes"])
-            self.states = np.asarray(self.group["state"][:])
-            self.made_from = np.asarray(self.group["made_from"][:])
-            self._logits = {head: np.asarray(self.group[head][:]) for head in self.heads}
+            self.attributes: dict[str, Any] = dict(self.group.attrs)
+            self.heads: tuple[str, ...] = tuple(self.attributes["classes"])
+            self.states = np.asarray(array_in(self.group, "state")[:])
+            self.made_from = np.asarray(array_in(self.group, "made_from")[:])
+            self._logits = {head: np.asarray(array_in(self.group, head)[:]) for head in self.heads}
             self.n_clips, self.n_views = self.states.shape
 
     @classmethod

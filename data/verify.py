@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,8 @@ def verify(cache: Cache, advance: Callable[[], object] = lambda: None) -> Iterat
                 yield Damage(path, f"cannot be opened: {error}", _held(cache, modality, name, view))
                 continue
 
-            def check(shard: int, store: TokenStore = store, view: int = view, found: dict = receipts) -> tuple:
-                return _wrong(store, view, shard, found[shard])
-
-            for shard, (file, reason) in zip(receipts, pool.map(check, receipts), strict=True):
+            check = partial(_wrong, store, view)
+            for shard, (file, reason) in zip(receipts, pool.map(check, receipts, receipts.values()), strict=True):
                 advance()
                 if reason:
                     clips = _clips(cache, store, shard, receipts[shard])
@@ -141,6 +140,7 @@ def _wrong(store: TokenStore, view: int, shard: int, receipt: dict[str, Any] | N
         return error.file, error.reason
     except CacheError as error:
         return file, str(error).removeprefix(f"{file}: ")
+    assert receipt is not None  # `_whole` takes no shard without one
     counts = {name: int((states == state).sum()) for state, name in STATE_NAMES.items()}
     if {name: n for name, n in counts.items() if n} != receipt["counts"]:
         return file, f"its states count {counts}, its receipt says {receipt['counts']}"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from .views import View, crop, cut
 
 if TYPE_CHECKING:
     import av
+    from av.video.reformatter import VideoReformatter
 
 
 class Film(Protocol):
@@ -60,7 +61,11 @@ class Shown:
         return self.frame.time
 
 
-def frames_at(film: Film, times: Sequence[float], peeks: Sequence[float] = ()) -> Iterator[Shown]:
+# Moments in seconds.
+Times = Sequence[float] | np.ndarray
+
+
+def frames_at(film: Film, times: Times, peeks: Times = ()) -> Iterator[Shown]:
     """Decode forward once and yield each frame that is on display at one of `times` or `peeks`, in order.
 
     The frame on display at t is the last that starts at or before t (give or take EPSILON_S), the first one for
@@ -104,7 +109,7 @@ class Converter:
     """Turns decoded frames into arrays; one set-up serves all frames of one form, one array all clips that share it."""
 
     def __init__(self) -> None:
-        self._reformatters: dict[str, object] = {}
+        self._reformatters: dict[str, VideoReformatter] = {}
         self._latest: dict[str, tuple[Frame, np.ndarray]] = {}
 
     def rgb(self, frame: Frame, short_side: int = 0, box: Box | None = None) -> np.ndarray:
@@ -146,7 +151,7 @@ def _upright(picture: np.ndarray, frame: "av.VideoFrame") -> np.ndarray:
     The matrix sends x, y to a x + c y, b x + d y in 16.16 fixed point; only its eight upright forms exist in practice.
     """
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")  # bytes; PyAV's stubs know motion vectors alone
     except ValueError:  # PyAV cannot list side data of a kind that is newer than itself
         return np.rot90(picture, round(frame.rotation / 90))
     if matrix is None:

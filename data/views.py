@@ -37,6 +37,8 @@ def draw_view(clip_id: str, view: int, data: DataConfig) -> View:
         return View(0, (0.5,) * data.frames, data.center_crop, (0.5, 0.5), False, data.crop_box)
     seed = f"{data.view_seed}/{view}/{clip_id}"
     shrink, x, y, mirror = _uniform(f"crop/{seed}", 4)
+    jitter = (1 + data.color_jitter * (2 * share - 1) for share in _uniform(f"color/{seed}", 3))
+    brightness, contrast, saturation = jitter
     return View(
         index=view,
         offsets=_uniform(f"time/{seed}", data.frames),
@@ -44,7 +46,7 @@ def draw_view(clip_id: str, view: int, data: DataConfig) -> View:
         center=(x, y),
         flip=data.flip and mirror < 0.5,
         box=data.crop_box,
-        color=tuple(1 + data.color_jitter * (2 * share - 1) for share in _uniform(f"color/{seed}", 3)),
+        color=(brightness, contrast, saturation),
         masked_mels=_span(data.audio_mask, *_uniform(f"mels/{seed}", 2)),
         masked_time=_span(data.audio_mask, *_uniform(f"hush/{seed}", 2)),
     )

@@ -15,7 +15,7 @@ from ..data.runs import RunFolder
 from ..extract.backbone import Backbone
 from ..extract.config import BackboneConfig, ExtractConfig
 from ..extract.weights import shown_name
-from ..fuse.config import TeacherConfig, TrainingConfig
+from ..fuse.config import TeacherConfig
 from .config import StudentConfig
 from .model import ClipModel, build_backbones, build_model
 from .student import run_data, student_backbones
@@ -35,7 +35,7 @@ class Blueprint:
     data: DataConfig
     backbones: Mapping[str, BackboneConfig]
     theta: int | None
-    config: TrainingConfig
+    config: TeacherConfig | StudentConfig
     n_classes: Mapping[str, int]
     is_frozen: bool
     imported: Mapping[str, tuple[int, int]] = field(default_factory=dict)

@@ -89,11 +89,13 @@ def _column(runs: Sequence[Evaluation], subsets: Sequence[str]) -> Column:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values else statistics.fmean(values)
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def _std(values: Sequence[float | None]) -> float | None:
-    return None if None in values or len(values) < 2 else statistics.stdev(values)
+    known = [value for value in values if value is not None]
+    return statistics.stdev(known) if len(known) == len(values) > 1 else None
 
 
 def _told_apart(column: Column, others: Sequence[Column]) -> Column:

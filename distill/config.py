@@ -13,7 +13,7 @@ NO_TEACHER = "none"
 
 
 # What the paper's models to compare with are, beside the student itself (Tab. 1 and 3).
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "karmma": {},
     "delta": {"teacher": NO_TEACHER},
     "dropout": {"teacher": NO_TEACHER, "missing": "ignore"},

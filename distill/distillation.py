@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from ..fuse.training import begin, usable_rows
 from .config import StudentConfig
 from .dropout import seeded_dropout
 from .losses import count_clips, kl_divergence
+from .model import ClipModel
 from .recompute import recompute_blocks
 from .stream import ClipBatch, ClipStream
 from .student import build_student
@@ -70,8 +72,10 @@ class Distillation:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._opened.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.__exit__(kind, error, trace)
 
     def _open_stream(self, data: DataConfig, opened: ExitStack) -> ClipStream:
         decoded, limit = None, round(self.config.decoded_gb * 1e9)
@@ -190,9 +194,9 @@ class Distillation:
 
     def validate(self, models: Sequence[nn.Module]) -> list[dict[str, float]]:
         """Return accuracy by head and action, and cross-entropy, of the clean validation clips, all modalities in."""
-        return [self._validated(model) for model in models]
+        return [self._validated(cast(ClipModel, model)) for model in models]  # as `self.student` is
 
-    def _validated(self, model: nn.Module) -> dict[str, float]:
+    def _validated(self, model: ClipModel) -> dict[str, float]:
         every = self.student.modalities
         found = subset_logits(model, self.stream, own_part(self.rows["val"]), [every], self.device)
         rows = over_ranks(torch.from_numpy(found.rows).to(self.device)).cpu()

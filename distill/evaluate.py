@@ -69,7 +69,7 @@ def _by_student(
     run: RunFolder, table: ClipTable, _: Place, asked: Asked, rows: np.ndarray, count: Callable[[int], None]
 ) -> list[Predictions]:
     device = choose_device(asked.device)
-    student, data, _ = load_student(run, device, asked.flow_weights)
+    student, data = load_student(run, device, asked.flow_weights)[:2]
     chosen = subsets(student.modalities)
     with ClipStream(table, data, student.modalities, readers=asked.readers, allow_failures=len(rows)) as stream:
         return [subset_logits(student, stream, rows, chosen, device, count, view) for view in range(asked.views)]
@@ -83,7 +83,8 @@ def _by_teacher(
     stores = {modality: TokenStore.open(cache.tokens_path(modality, name)) for modality, name in names.items()}
     pin = device.type == "cuda"
     reader = TokenReader(stores, cache.rows(table.clip_ids), pin, FirstSight(cache, stores))
-    model, found, failed = load_teacher(run, stores).to(device), [], {}
+    model, found = load_teacher(run, stores).to(device), []
+    failed: dict[str, str] = {}
     for modality, name in names.items():
         for clip_id, reason in cache.failures(modality, name, table.clip_ids[rows]).items():
             failed[clip_id] = "; ".join(filter(None, (failed.get(clip_id), f"{modality} failed: {reason}")))

@@ -75,7 +75,7 @@ def export_student(run: RunFolder, kind: str, path: Path | None = None) -> Expor
                 f"{path}: not written: a logit of the export is {found.difference:.1e} from the student's, more than "
                 f"{LIMIT:.0e}. Export in another format."
             )
-    how = {"format": kind, "run": run.path.name, "made_from": made_from, "agreement": asdict(found)}
+    how: dict[str, Any] = {"format": kind, "run": run.path.name, "made_from": made_from, "agreement": asdict(found)}
     how["bytes"] = path.stat().st_size
     publish_json(about, {**how, **describe_export(student, data, described)})
     return ExportReport(path, about, found)
@@ -183,12 +183,16 @@ def _runtime_errors() -> Iterator[None]:
 def _converted(program: ExportedProgram, outputs: Sequence[str]) -> "ONNXProgram":
     """Return a program as ONNX, with the names of its inputs and outputs, and without paths of this machine."""
     found = torch.onnx.export(program, output_names=outputs, dynamo=True, verbose=False)
+    assert found is not None  # as dynamo=True
     graph = found.model.graph
-    symbol, nodes = str(graph.inputs[0].shape[0]), list(graph.all_nodes())
-    for value in [*graph.inputs, *(output for node in nodes for output in node.outputs)]:
-        for axis, size in enumerate(value.shape or ()):
+    nodes = list(graph.all_nodes())
+    values = [*graph.inputs, *(output for node in nodes for output in node.outputs)]
+    shapes = [value.shape for value in values if value.shape is not None]
+    symbol = str(shapes[0][0])  # of the first input
+    for shape in shapes:
+        for axis, size in enumerate(shape):
             if symbol in str(size):  # alone, or as in 9*symbol
-                value.shape[axis] = re.sub(rf"\b{symbol}\b", BATCH, str(size))
+                shape[axis] = re.sub(rf"\b{symbol}\b", BATCH, str(size))
     for node in nodes:
         node.metadata_props.clear()
     return found

@@ -25,7 +25,8 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # Names that a model's pickled weights go by.
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 # The bases are those of the HTTP library that the hub's client uses, which has been several.
-HUB_ERRORS = (HFValidationError, HfHubHTTPError, *HfHubHTTPError.__bases__, OSError)
+THEIRS = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+HUB_ERRORS: tuple[type[Exception], ...] = (HFValidationError, HfHubHTTPError, *THEIRS, OSError)
 KEPT = ("epoch", "val", "parameters")  # of a run's result; the rest names clips
 KEPT_ROWS = ("split", "views", "majority", "rows")  # of an evaluation
 
@@ -142,7 +143,8 @@ class StudentHub(nn.Module, ModelHubMixin, library_name="karmma", tags=["karmma"
             tensors = load_file(path)
         except SafetensorError as error:
             raise RunError(f"{path}: damaged: {error}. Save or fetch it again.") from None
-        return cls(filled_student(config, tensors, model_id), config).to(device)
+        described = config or {}  # which is refused, like any that is not ours
+        return cls(filled_student(described, tensors, model_id), described).to(device)
 
 
 @contextmanager

@@ -58,6 +58,7 @@ class LiveTeacher:
     def __init__(
         self, cache: Cache, teacher: CachedTeacher, data: DataConfig, config: ExtractConfig, device: torch.device
     ) -> None:
+        assert teacher.store is not None  # which `check_teacher` has seen to
         attributes, path = teacher.store.attributes, teacher.store.path
         run, names = RunFolder(data.runs / attributes["run"]), attributes["tokens"]
         foreign = [m for m, name in names.items() if "imported" in cache.identities(m)[name]["input"]]

@@ -1,7 +1,7 @@
 """Raw clips to logits: a backbone a modality, Theta-Average and what fuses the tokens, as one module."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import ItemsView, Mapping, Sequence, ValuesView
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,23 @@ from ..fuse.config import TrainingConfig
 from ..fuse.model import FusionModel, FusionOutput, build_fusion
 from .clip_dropout import drop_by_clip, seed_clips
 
+if TYPE_CHECKING:
+
+    class BackboneDict(nn.ModuleDict):
+        """What a ModuleDict of backbones is: torch's types know it as one of modules."""
+
+        def __getitem__(self, key: str) -> Backbone: ...
+        def items(self) -> ItemsView[str, Backbone]: ...
+        def values(self) -> ValuesView[Backbone]: ...
+
 
 class ClipModel(nn.Module):
     """Raw clips in, logits by head out, for whatever modalities are present: the student, or a live teacher."""
 
     def __init__(self, backbones: Mapping[str, Backbone], fusion: FusionModel, theta: int | None) -> None:
         super().__init__()
-        self.backbones, self.fusion, self.theta = nn.ModuleDict(dict(backbones)), fusion, theta
+        self.backbones = cast("BackboneDict", nn.ModuleDict(dict(backbones)))
+        self.fusion, self.theta = fusion, theta
         drop_by_clip(self.backbones)
 
     @property
@@ -51,7 +61,7 @@ class ClipModel(nn.Module):
             if modality not in inputs or not len(inputs[modality]):
                 continue
             (rows,) = present[:, column].nonzero(as_tuple=True)
-            if self.training:
+            if self.training and seeds is not None:
                 seed_clips(self.backbones[modality], [seeds[at] for at in rows.tolist()])
             found = self.backbones[modality](inputs[modality])
             if self.theta:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from ..fuse.figures import as_text, svg
 from .compare import Column
-from .results import ACTION, ClassRow, Evaluation
+from .results import ACTION, ClassRow, Evaluation, SubsetRow
 
 WIDTH = 5.4  # inches: letters stay large enough on a phone
 
@@ -16,15 +16,15 @@ WIDTH = 5.4  # inches: letters stay large enough on a phone
 def subset_bars(evaluations: Sequence[Evaluation]) -> str:
     """Draw action accuracy by subset, runs side by side, with 95 percent bounds and the commonest action as a line."""
     bars = {
-        each.run: {
-            row.subset: (row.accuracy[ACTION], row.low[ACTION], row.high[ACTION])
-            for row in each.of("all")
-            if row.accuracy[ACTION] is not None
-        }
-        for each in evaluations
+        each.run: {row.subset: bounded for row in each.of("all") if (bounded := _bounded(row))} for each in evaluations
     }
     names = list(dict.fromkeys(row.subset for each in evaluations for row in each.of("all")))
     return _bars(names, bars, evaluations[0].majority[ACTION] or 0)
+
+
+def _bounded(row: SubsetRow) -> tuple[float, ...]:
+    """Return the accuracy of the action and its bounds; nothing where no clip counts."""
+    return tuple(each for part in (row.accuracy, row.low, row.high) if (each := part[ACTION]) is not None)
 
 
 def column_bars(columns: Sequence[Column], majority: float) -> str:
@@ -35,7 +35,9 @@ def column_bars(columns: Sequence[Column], majority: float) -> str:
     bars = {}
     for column in columns:
         found = {name: (column.mean[name][ACTION], column.std[name][ACTION] or 0) for name in column.mean}
-        bars[column.label] = {name: (mean, mean - std, mean + std) for name, (mean, std) in found.items()}
+        bars[column.label] = {
+            name: (mean, mean - std, mean + std) for name, (mean, std) in found.items() if mean is not None
+        }
     return _bars(list(columns[0].mean), bars, majority)
 
 
@@ -48,8 +50,8 @@ def _bars(names: Sequence[str], bars: Mapping[str, Mapping[str, tuple[float, ...
         below = [max(value - 100 * low, 0) for value, (_, low, _) in zip(values, found.values(), strict=True)]
         above = [max(100 * high - value, 0) for value, (_, _, high) in zip(values, found.values(), strict=True)]
         places = [names.index(name) + (at - (len(bars) - 1) / 2) * width for name in found]
-        thin = {"capsize": 2, "error_kw": {"linewidth": 0.8}}
-        axes.bar(places, values, width, yerr=[below, above], label=as_text(label), **thin)
+        thin = {"linewidth": 0.8}
+        axes.bar(places, values, width, yerr=[below, above], label=as_text(label), capsize=2, error_kw=thin)
     axes.axhline(100 * majority, color="#b33", linewidth=1, label="commonest action")
     axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 7 else 0)
     axes.set_ylabel("action accuracy (%)")
@@ -98,7 +100,7 @@ def class_bars(rows: Sequence[ClassRow], subset: str) -> str:
     figure = Figure(figsize=(WIDTH, 0.6 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [as_text(f"{row.name} ({row.n_clips})") for row in rows]
-    axes.barh(range(len(rows)), [100 * row.accuracy[subset] for row in rows])
+    axes.barh(range(len(rows)), [100 * (row.accuracy[subset] or 0) for row in rows])
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="accuracy (%)")

@@ -18,7 +18,7 @@ from ..data.footage import footage_clip, length_s
 from ..data.media import Reading
 from ..data.modality import ABSENT, FAILED, PRESENT, in_order
 from ..data.raw import read_clip
-from ..data.readers import ReaderPool
+from ..data.readers import ReaderPool, Readings
 from ..data.runs import RunFolder
 from ..data.views import draw_view
 from .model import ClipModel
@@ -35,7 +35,9 @@ NOT_GIVEN = {
 }
 
 
-def load(run: str | os.PathLike, device: str = "auto", flow_weights: str | os.PathLike | None = None) -> "Predictor":
+def load(
+    run: str | os.PathLike[str], device: str = "auto", flow_weights: str | os.PathLike[str] | None = None
+) -> "Predictor":
     """Return a predictor of a finished student's run folder.
 
     device: a torch device, or auto: CUDA where there is one.  flow_weights: the weights file of RAFT, for a student
@@ -43,7 +45,7 @@ def load(run: str | os.PathLike, device: str = "auto", flow_weights: str | os.Pa
     ConfigError for a device that is not there.
     """
     on, folder = choose_device(device), RunFolder.open(Path(run))
-    student, data, described = load_student(folder, on, flow_weights and Path(flow_weights))
+    student, data, described = load_student(folder, on, Path(flow_weights) if flow_weights else None)
     return Predictor(student, data, {head: tuple(names) for head, names in described["classes"].items()}, on)
 
 
@@ -61,12 +63,12 @@ class Predictor:
 
     def predict(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         modalities: Iterable[str] | None = None,
         start_s: float = 0.0,
         stop_s: float | None = None,
         *,
-        files: Mapping[str, str | os.PathLike] | None = None,
+        files: Mapping[str, str | os.PathLike[str]] | None = None,
         rates: Mapping[str, float] | None = None,
         allow_failures: bool = False,
     ) -> Prediction:
@@ -88,12 +90,12 @@ class Predictor:
 
     def timeline(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         window_s: float = 2.0,
         stride_s: float | None = None,
         modalities: Iterable[str] | None = None,
         *,
-        files: Mapping[str, str | os.PathLike] | None = None,
+        files: Mapping[str, str | os.PathLike[str]] | None = None,
         rates: Mapping[str, float] | None = None,
         allow_failures: bool = False,
     ) -> Iterator[Prediction]:
@@ -128,7 +130,7 @@ class Predictor:
         ends nothing.  count: is told how many clips are done.
         """
         names, rest = self.known(modalities), iter(clips)
-        waiting: deque[tuple[list[Clip], list[tuple[Future | None, dict[str, Reading]]]]] = deque()
+        waiting: deque[tuple[list[Clip], list[tuple[Future[Readings] | None, Readings]]]] = deque()
         with ReaderPool(readers, self.data) as pool:
             while True:
                 while len(waiting) <= READ_AHEAD and (batch := list(islice(rest, batch_size))):
@@ -203,7 +205,8 @@ class Predictor:
     @torch.inference_mode()
     def _probs(self, found: Sequence[Mapping[str, Reading]]) -> dict[str, np.ndarray]:
         """Return head -> float32 [B, N_h] of clips that all have something; each backbone runs once."""
-        arrays = {m: [f[m].array for f in found if m in f and f[m].state == PRESENT] for m in self.modalities}
+        readings = {m: [f[m] for f in found if m in f] for m in self.modalities}
+        arrays = {m: [r.array for r in some if r.array is not None] for m, some in readings.items()}
         has = [[m in f and f[m].state == PRESENT for m in self.modalities] for f in found]
         with enough_memory(f"{len(found)} clips", "Use a smaller --batch-size, or --device cpu."):
             present = torch.tensor(has, device=self.device)

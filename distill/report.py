@@ -55,7 +55,7 @@ class Reported:
         for row in self.evaluation.classes:
             if row.n_clips >= FEWEST:
                 out.setdefault(row.head, []).append(row)
-        return {head: sorted(rows, key=lambda row: row.accuracy[subset])[:N_HARDEST] for head, rows in out.items()}
+        return {head: sorted(rows, key=lambda row: row.accuracy[subset] or 0)[:N_HARDEST] for head, rows in out.items()}
 
     @property
     def identities(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def write_report(reported: Sequence[Reported], path: Path) -> None:
 
 
 def _numbers(evaluation: Evaluation, name: str) -> list[float]:
-    return [row.accuracy[name] for row in evaluation.of("all") if row.accuracy[name] is not None]
+    return [value for row in evaluation.of("all") if (value := row.accuracy[name]) is not None]
 
 
 def _hardest(each: Reported) -> dict[str, Markup]:

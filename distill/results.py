@@ -5,9 +5,12 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..data.publish import publish, publish_json, read_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ACTION, DRAWS, FORMAT = "action", 5, 1
 Found = Mapping[str, float | None]  # by head, and "action"; None where no clip counts
@@ -125,7 +128,7 @@ class Evaluation:
         kinds = {"rows": SubsetRow, "rates": RateRow, "classes": ClassRow}
         return cls(**{**found, **{name: tuple(kind(**row) for row in found[name]) for name, kind in kinds.items()}})
 
-    def write(self, stem: Path, confusion: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    def write(self, stem: Path, confusion: "Mapping[str, np.ndarray]") -> None:
         """Write `<stem>.csv`, `-rates.csv`, `-classes.csv`, `-confusion-<head>.csv` and, last, `<stem>.json`.
 
         confusion: head -> [N_h, N_h] clips by true and predicted class.

@@ -88,13 +88,13 @@ def describe_run(table: ClipTable, data: DataConfig, config: StudentConfig, teac
     """Return all that decides a student: settings, inputs, teacher, clips and labels; no paths, no devices."""
     modalities = config.modalities or data.modalities
     unused = set(MODALITIES) - set(modalities)
-    settings = config.model_dump(mode="json", exclude=NOT_DECISIVE | unused)
+    settings = config.model_dump(mode="json", exclude={*NOT_DECISIVE, *unused})
     for modality in modalities:
         settings[modality]["weights"] = weights_content(settings[modality]["weights"], f"student.{modality}")
     return {
         "kind": "student",
         "settings": settings,
-        "data": data.model_dump(mode="json", exclude=PLACES),
+        "data": data.model_dump(mode="json", exclude={*PLACES}),
         "inputs": {modality: input_identity(modality, data) for modality in modalities},
         "teacher": teacher.digest,
         "views": teacher.n_views,

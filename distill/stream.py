@@ -17,7 +17,7 @@ from ..data.decoded import DecodedClips
 from ..data.errors import MediaError
 from ..data.media import Reading
 from ..data.modality import FAILED, PRESENT
-from ..data.readers import ReaderPool
+from ..data.readers import ReaderPool, Readings
 
 logger = logging.getLogger(__name__)
 READ_AHEAD = 3
@@ -72,7 +72,8 @@ class ClipStream:
         self.allow_failures, self.decoded = allow_failures, decoded
         self.failed: dict[str, str] = {}
         self._ahead_clips = 4 * readers  # enough for every reader to have something to do while a step is taken
-        self._room, self._held = cache_mb * 2**20, {}
+        self._room = cache_mb * 2**20
+        self._held: dict[tuple[int, int, str], Reading] = {}
         self._pool = ReaderPool(readers, data)
 
     def __enter__(self) -> Self:
@@ -123,15 +124,20 @@ class ClipStream:
         ]
 
     def _received(
-        self, row: int, view: int, held: dict[str, Reading], stored: dict[str, Future], rest: Future | None
+        self,
+        row: int,
+        view: int,
+        held: dict[str, Reading],
+        stored: dict[str, Future[np.ndarray | None]],
+        rest: Future[Readings] | None,
     ) -> dict[str, Reading]:
         """Return the readings of a clip, and keep in memory and on disk what there is room for."""
         found = {modality: future.result() for modality, future in stored.items()}
         damaged = tuple(modality for modality, array in found.items() if array is None)
         again = self._pool.submit([(self.table.clip(row), view, damaged)])[0] if damaged else None
         read = {name: reading for future in (rest, again) if future for name, reading in future.result().items()}
-        for modality, reading in read.items() if self.decoded else ():
-            if reading.array is not None:
+        for modality, reading in read.items():
+            if self.decoded is not None and reading.array is not None:
                 self.decoded.keep(row, view, modality, reading.array)
         read |= {m: Reading(PRESENT, array) for m, array in found.items() if array is not None}
         for modality, reading in read.items():
@@ -150,8 +156,8 @@ class ClipStream:
         kept = present.any(axis=1) | ~failed
         inputs = {}
         for column, modality in enumerate(self.modalities):
-            arrays = [readings[at][modality].array for at in np.flatnonzero(present[:, column])]
-            if arrays:
+            there = (readings[at][modality].array for at in np.flatnonzero(present[:, column]))
+            if arrays := [array for array in there if array is not None]:
                 inputs[modality] = torch.from_numpy(np.stack(arrays))
         return ClipBatch(rows[kept], view, self.modalities, inputs, torch.from_numpy(present[kept]))
 

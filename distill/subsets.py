@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +140,7 @@ def teacher_logits(
 
 def _collected(
     fusion: FusionModel, batches: Iterable[Fused], chosen: Sequence[Subset], count: Callable[[int], None]
-) -> tuple[Any, ...]:
+) -> tuple[np.ndarray, np.ndarray, dict[Subset, dict[str, Tensor]]]:
     """Run the fusion model on every batch, once a subset; return rows, present and logits of all."""
     found: dict[Subset, list[dict[str, Tensor]]] = {subset: [] for subset in chosen}
     rows, has = [np.empty(0, np.int64)], [np.empty((0, len(fusion.modalities)), bool)]

@@ -31,7 +31,9 @@ class CachedTeacher:
 
     def require(self, rows: np.ndarray) -> None:
         """Raise IncompleteCacheError unless the teacher was asked about every table row in every view."""
-        for view in range(self.n_views if self.store else 0):
+        if self.store is None:
+            return
+        for view in range(self.n_views):
             n_missing = int((~self.store.is_written(self.cache_rows[rows], view)).sum())
             if n_missing:
                 foreign = "imported" in self.store.attributes
@@ -46,6 +48,7 @@ class CachedTeacher:
 
     def logits(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return logits head -> [n, N_h] of table rows in a view; a gap raises IncompleteCacheError."""
+        assert self.store is not None  # nobody asks for what `speaks` denies
         return self.store.read(self.cache_rows[rows], view)
 
 
@@ -57,6 +60,7 @@ def find_teacher(cache: Cache | None, table: ClipTable, data: DataConfig, config
     if config.teacher == NO_TEACHER:
         views = config.views or (known_views(cache, table, data, config) if cache else 1)
         return CachedTeacher(None, np.arange(table.n_clips), views)
+    assert cache is not None  # whoever wants a teacher has opened it
     store, train = _chosen(cache, config), table.rows("train")
     _require_same(store, table, data)
     if config.views not in (0, store.n_views):
@@ -138,9 +142,12 @@ def known_present(
     None unless the cache knows it.  Raises IncompleteCacheError if more clips failed at extraction than
     config.allow_failures; of a student without teacher the cache is no judge, and such clips are read again.
     """
-    columns, failed = [], {}
+    if cache is None:
+        return None
+    columns: list[np.ndarray] = []
+    failed: dict[str, str] = {}
     for modality in config.modalities or data.modalities:
-        whole = _whole_stores(cache, table, modality, data) if cache else {}
+        whole = _whole_stores(cache, table, modality, data)
         if not whole:
             return None
         name, store = next(iter(whole.items()))

@@ -104,6 +104,7 @@ def _compare(
                 arrays = {place: _array(future.result()[modality], modality) for place, future in enumerate(futures)}
                 olds = rows.read(cache.rows(table.clip_ids[batch]))
                 for (_, old, _), new in zip(olds, backbone.tokens(arrays).values(), strict=True):
+                    assert old is not None  # only what is present was chosen
                     found.append(_difference(old.astype(np.float32), new))
     if not found:
         raise CacheError(f"{cache.path}: holds no clip of {table.path} to compare with. Extract again.")
@@ -127,7 +128,7 @@ def _difference(old: np.ndarray, new: np.ndarray) -> tuple[float, float, float]:
 
 
 def _array(reading: Reading, modality: str) -> np.ndarray:
-    if reading.state != PRESENT:
+    if reading.array is None:
         state = f"{STATE_NAMES[reading.state]} now {reading.reason}".strip()
         raise CacheError(f"A clip whose {modality} was present is {state}. Extract again.")
     return reading.array

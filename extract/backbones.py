@@ -134,8 +134,8 @@ def find_recipe(name: str) -> Recipe:
         return Recipe(pictures, lambda *given: build_frames(model, *given), named)
     if family == "hf" and model:
         every = ("video", "flow", "audio")
-        own = {"pretrained": lambda *given: build_pretrained(model, *given, with_weights=True)}
-        return Recipe(every, lambda *given: build_pretrained(model, *given, with_weights=False), build_named=own)
+        own = {"pretrained": partial(build_pretrained, model, with_weights=True)}
+        return Recipe(every, partial(build_pretrained, model, with_weights=False), build_named=own)
     if name in BACKBONES:
         return BACKBONES[name]
     plugins = plugged_in()

@@ -35,8 +35,10 @@ RETRIES = 3
 # What Dask says of its comings and goings is of no use beside our own line.
 for _name in ("distributed", "distributed.client"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+# Settings of data and extraction as JSON, and modality and digest of each store.
+Work = tuple[str, str, tuple[tuple[str, str], ...]]
 # This worker's engine, by what it was built for; one order at a time, however many threads the worker has.
-_kept: dict[tuple, Engine] = {}
+_kept: dict[tuple[object, ...], Engine] = {}
 _at_work = threading.Lock()
 
 
@@ -108,7 +110,7 @@ class Cluster:
         return held
 
 
-def make_order(order: Order, work: tuple[str, str, tuple]) -> tuple[int, list[Order]]:
+def make_order(order: Order, work: Work) -> tuple[int, list[Order]]:
     """Make one order in a worker; return how many (clip, modality) were done, and what others are making."""
     done: list[int] = []
     with _at_work:
@@ -160,7 +162,7 @@ def _absolute(path: Path) -> Path:
 
 def _rooted(model: Any) -> Any:
     """Return settings whose local paths are absolute."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for name, value in model:
         if isinstance(value, Path):
             changed[name] = value.absolute()

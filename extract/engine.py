@@ -21,9 +21,8 @@ from ..data.config import DataConfig
 from ..data.device import choose_device, enough_memory
 from ..data.drafts import ShardDraft
 from ..data.media import Reading
-from ..data.modality import PRESENT
 from ..data.plan import Order
-from ..data.readers import ReaderPool
+from ..data.readers import ReaderPool, Readings
 from ..data.stores import TokenStore
 from .config import ExtractConfig
 from .frozen import FrozenBackbone, build_frozen
@@ -50,6 +49,12 @@ class _Shard:
     def clips(self) -> Sequence[Clip | None]:
         """The clip at each place."""
         return self.order.clips
+
+    def clip(self, at: int) -> Clip:
+        """Return the clip at a place where something is due."""
+        clip = self.order.clips[at]
+        assert clip is not None  # `slots` leaves out the others
+        return clip
 
     def slots(self, size: int) -> list[Slot]:
         """Cut the shard into batches of `size` places, and leave out those where nothing is due."""
@@ -81,7 +86,7 @@ class Engine:
             self.backbones[modality] = FrozenBackbone(modality, backbone, config, self.device)
         build_frozen.cache_clear()
         self._stack = ExitStack()
-        self._last: Future | None = None
+        self._last: Future[None] | None = None
 
     def __enter__(self) -> Self:
         self.leases = self._stack.enter_context(self.cache.leases())
@@ -110,7 +115,7 @@ class Engine:
         for shard, slot, readings in self._read(self._begun(orders, held)):
             for modality, draft in shard.drafts.items():
                 mine = {at: readings[at].result()[modality] for at, names in slot.items() if modality in names}
-                self._put(draft, mine, shard.clips)
+                self._put(shard, draft, mine)
                 advance(len(mine))
             shard.n_slots -= 1
             if not shard.n_slots:
@@ -143,13 +148,13 @@ class Engine:
 
     def _read(
         self, windows: Iterator[tuple[_Shard, list[Slot]]]
-    ) -> Iterator[tuple[_Shard, Slot, dict[int, Future[dict[str, Reading]]]]]:
+    ) -> Iterator[tuple[_Shard, Slot, dict[int, Future[Readings]]]]:
         """Yield batch after batch with its readings; some windows are read ahead, each video of one in one pass."""
-        waiting: deque[tuple[_Shard, list[Slot], dict[int, Future]]] = deque()
+        waiting: deque[tuple[_Shard, list[Slot], dict[int, Future[Readings]]]] = deque()
         for shard, slots in windows:
             asked = {at: modalities for slot in slots for at, modalities in slot.items()}
             view = next(iter(shard.drafts.values())).task.view
-            wanted = [(shard.clips[at], view, modalities) for at, modalities in asked.items()]
+            wanted = [(shard.clip(at), view, modalities) for at, modalities in asked.items()]
             waiting.append((shard, slots, dict(zip(asked, self.readers.submit(wanted), strict=True))))
             if len(waiting) > READ_AHEAD:
                 shard, slots, futures = waiting.popleft()
@@ -157,13 +162,13 @@ class Engine:
         for shard, slots, futures in waiting:
             yield from ((shard, slot, futures) for slot in slots)
 
-    def _put(self, draft: ShardDraft, readings: dict[int, Reading], clips: Sequence[Clip | None]) -> None:
+    def _put(self, shard: _Shard, draft: ShardDraft, readings: dict[int, Reading]) -> None:
         """Run the backbone over the clips of one batch that are there, and put all of them into the draft."""
         size = self.config.batch_size
-        arrays = {at % size: reading.array for at, reading in readings.items() if reading.state == PRESENT}
+        arrays = {at % size: reading.array for at, reading in readings.items() if reading.array is not None}
         tokens = self.backbones[draft.task.modality].tokens(arrays)
         for at, reading in readings.items():
-            draft.put(at, reading.state, tokens.get(at % size), clips[at].clip_id, reading.reason)
+            draft.put(at, reading.state, tokens.get(at % size), shard.clip(at).clip_id, reading.reason)
 
     def _publish(self, shard: _Shard, held: list[Order]) -> None:
         """Write the shard in every modality whose lease is still held, then let the leases go."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
@@ -13,6 +14,19 @@ from .backbone import Backbone
 from .spectrogram import spectrogram_images
 from .video_swin import FLOW_MEAN, FLOW_STD
 
+if TYPE_CHECKING:
+
+    class ImageNetwork(nn.Module):
+        """What networks of timm have, as far as they are told apart here."""
+
+        pretrained_cfg: Mapping[str, Any]
+        num_features: int
+        patch_embed: Any
+
+        def forward_features(self, x: Tensor) -> Any:
+            """Return what is before the head."""
+
+
 PREFIX = "network."
 
 
@@ -23,7 +37,10 @@ class FrameTransformer(Backbone):
     for Video Swin, video and spectrograms with the mean and deviation that the model was trained with.
     """
 
-    def __init__(self, network: nn.Module, modality: str, input_shape: tuple[int, ...], side: int) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: "ImageNetwork", modality: str, input_shape: tuple[int, ...], side: int) -> None:
         mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
         found = _dry_run(network, side)
         super().__init__(input_shape, input_shape[0] * found.shape[1], found.shape[2])
@@ -71,7 +88,8 @@ def build_frames(model: str, modality: str, input_shape: tuple[int, ...]) -> Fra
     if modality == "audio":  # a square that holds the spectrogram, in whole patches
         sized = -(-max(input_shape[1:]) // 32) * 32
     try:
-        network = timm.create_model(model, pretrained=False, num_classes=0, **_size_option(model, sized))
+        made = timm.create_model(model, pretrained=False, num_classes=0, **_size_option(model, sized))
+        network = cast("ImageNetwork", made)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise _not_for(model, sized, error) from None
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
@@ -100,21 +118,21 @@ def pretrained_frames(model: str) -> Mapping[str, Tensor]:
         ) from None
 
 
-def _size_option(model: str, side: int) -> dict[str, int]:
+def _size_option(model: str, side: int) -> dict[str, Any]:
     """Return the option that fixes the size of the pictures, for models that have one."""
     with torch.device("meta"):
         network = timm.create_model(model, pretrained=False, num_classes=0)
     return {"img_size": side} if hasattr(getattr(network, "patch_embed", None), "img_size") else {}
 
 
-def _dry_run(network: nn.Module, side: int) -> Tensor:
+def _dry_run(network: "ImageNetwork", side: int) -> Tensor:
     """Return what one picture gives, without computing it; raises ConfigError if these are no tokens."""
     device = next(network.parameters()).device
     with torch.no_grad():
         return _sequence(network, network.eval().forward_features(torch.zeros(1, 3, side, side, device=device)))
 
 
-def _sequence(network: nn.Module, features: Tensor) -> Tensor:
+def _sequence(network: "ImageNetwork", features: Any) -> Tensor:
     """Return patch tokens [B, n, D] of what a network of timm gives."""
     name, width = type(network).__name__, network.num_features
     if not isinstance(features, Tensor):

@@ -42,7 +42,9 @@ def record_backbones(
         request = backbone_request(modality, data, config)
         name = getattr(config, modality).name
         record_backbone(cache, request, name, build_frozen(modality, data, config))
-        records[modality] = recorded_backbone(cache, request)
+        recorded = recorded_backbone(cache, request)
+        assert recorded is not None  # just now
+        records[modality] = recorded
     return records
 
 
@@ -83,7 +85,7 @@ class FrozenBackbone:
             with arithmetic(self.config.precision if is_cuda else "float32", self.device):
                 found = self._averaged(self.backbone, on_device)
             if self._exact is not None:
-                self._compare(found, on_device, sorted(arrays)[:N_CHECKED])
+                self._compare(self._exact, found, on_device, sorted(arrays)[:N_CHECKED])
             values = found.cpu().numpy()
         return {place: values[place] for place in arrays}
 
@@ -91,9 +93,9 @@ class FrozenBackbone:
         tokens = backbone(batch).float()
         return theta_average(tokens, self.config.theta) if self.config.theta else tokens
 
-    def _compare(self, found: Tensor, batch: Tensor, places: list[int]) -> None:
+    def _compare(self, backbone: Backbone, found: Tensor, batch: Tensor, places: list[int]) -> None:
         """Hold bfloat16 against float32 on a few clips, once; raise KarmmaError if they are not nearly the same."""
-        exact = self._averaged(self._exact, batch[places])
+        exact = self._averaged(backbone, batch[places])
         cosine = cosine_similarity(found[places], exact, dim=-1)  # [n, k]
         fit = exact.isfinite().flatten(1).all(dim=1)  # the others are refused, each by its name
         n_fit = int(fit.sum().item())

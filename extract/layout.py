@@ -59,6 +59,7 @@ class LayoutTransformer(Backbone):
     """
 
     clip_token = True
+    whole_frame: Tensor
 
     def __init__(
         self, input_shape: tuple[int, ...], width: int, n_heads: int, n_spatial: int, n_temporal: int, dropout: float

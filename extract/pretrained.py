@@ -3,7 +3,7 @@
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from torch.nn import functional as F
 from ..data.errors import ConfigError, InstallationError, one_line
 from .backbone import Backbone
 from .video_swin import FLOW_MEAN, FLOW_STD, VIDEO_MEAN, VIDEO_STD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 VIDEO_MODELS = ("videomae", "vivit", "timesformer")
 WHISPER_HOP = 160
@@ -22,7 +26,12 @@ WHISPER_FLOOR, WHISPER_RANGE = -10.0, 8.0
 class PretrainedPictures(Backbone):
     """An image or video model over the frames of a clip: tokens [B, K, D] in the model's order, special ones too."""
 
-    def __init__(self, network: nn.Module, modality: str, input_shape: tuple[int, ...], norm: dict[str, Any]) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, network: "PreTrainedModel", modality: str, input_shape: tuple[int, ...], norm: dict[str, Any]
+    ) -> None:
         takes_video = network.config.model_type in VIDEO_MODELS
         accepted = inspect.signature(network.forward).parameters
         options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
@@ -60,7 +69,7 @@ class WhisperTokens(Backbone):
     of what the encoder has positions for, 30 s as published, is silence, whose tokens are left out.
     """
 
-    def __init__(self, network: nn.Module, input_shape: tuple[int, ...]) -> None:
+    def __init__(self, network: "WhisperEncoder", input_shape: tuple[int, ...]) -> None:
         n_frames, mels, steps = input_shape
         wanted, most = network.config.num_mel_bins, 2 * network.config.max_source_positions
         if mels != wanted or n_frames * steps > most:
@@ -109,14 +118,14 @@ def build_pretrained(model: str, modality: str, input_shape: tuple[int, ...], wi
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"hf:{model} cannot be loaded: {one_line(error)}") from None
     if any(True for _ in getattr(network, "pooler", nn.Identity()).parameters()):  # behind the tokens; most lack it
-        network.pooler = None
+        network.register_module("pooler", None)
     network.eval()
     if config.model_type == "whisper":
-        return WhisperTokens(network, input_shape)
+        return WhisperTokens(cast("WhisperEncoder", network), input_shape)
     return PretrainedPictures(network, modality, input_shape, _normalisation(model, where))
 
 
-def _at_random(config: Any) -> nn.Module:
+def _at_random(config: Any) -> "PreTrainedModel":
     """Return the network of a config, of Whisper the encoder alone."""
     import transformers
 
@@ -124,13 +133,13 @@ def _at_random(config: Any) -> nn.Module:
     return network.encoder if config.model_type == "whisper" else network
 
 
-def _with_own_weights(model: str, config: Any, where: dict[str, Any]) -> nn.Module:
+def _with_own_weights(model: str, config: Any, where: dict[str, Any]) -> "PreTrainedModel":
     """Return a network with all its tensors from its checkpoint; raise ConfigError if one is missing there."""
     import transformers
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     # A checkpoint of Whisper may be the whole or the encoder alone; of any other model it is what it says.
-    whole = [(transformers.AutoModel, "encoder." if config.model_type == "whisper" else "")]
+    whole: list[tuple[Any, str]] = [(transformers.AutoModel, "encoder." if config.model_type == "whisper" else "")]
     for kind, part in [*whole, (WhisperEncoder, "")] if config.model_type == "whisper" else whole:
         options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
         network, found = kind.from_pretrained(model, **options, **where)

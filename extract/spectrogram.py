@@ -80,9 +80,10 @@ class SpectrogramTransformer(Backbone):
         )
         super().__init__(input_shape, 1 + vit.patch_embed.num_patches, width)
         self.vit = vit
+        assert vit.pos_embed is not None  # which the distilled ones have
         nn.init.trunc_normal_(vit.pos_embed, std=position_std)
 
     def tokens(self, x: Tensor) -> Tensor:
         """Turn log-mel [B, T, mels, steps] into tokens [B, 1 + patches, D]."""
-        x = self.vit.forward_features(standardise(x).to(self.vit.cls_token.dtype))
+        x = self.vit.forward_features(standardise(x).to(self.vit.dist_token.dtype))
         return torch.cat([x[:, :2].mean(1, keepdim=True), x[:, 2:]], dim=1) if self.clip_token else x[:, 2:]

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,10 @@ from ..data.stores import TokenStore
 from .config import ExtractConfig
 from .weights import backbone_request, recorded_backbone
 
+if TYPE_CHECKING:
+    from .cluster import Cluster
+    from .engine import Engine
+
 # Seconds until shards that another process is making are looked at again.
 LOOK_AGAIN_S = 2.0
 
@@ -37,7 +41,7 @@ class ExtractReport:
 
     cache: Path
     stores: dict[str, Path] = field(default_factory=dict)
-    counts: dict[str, Counter] = field(default_factory=dict)
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
     agreement: dict[str, dict[str, float]] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
@@ -58,7 +62,7 @@ def extract_tokens(table: ClipTable, data: DataConfig, config: ExtractConfig) ->
     cache = Cache(data.cache)
     report = ExtractReport(cache.path, changes=cache.add_clips(table))
     stores = open_stores(cache, data, config)
-    tasks = {}
+    tasks: dict[ShardTask, int] = {}
     for modality, store in stores.items():
         tasks |= _due(cache, table, modality, store.path.stem, config)
     if tasks:
@@ -87,8 +91,8 @@ def plan_extraction(table: ClipTable, data: DataConfig, config: ExtractConfig) -
 
 def _due(cache: Cache, table: ClipTable, modality: str, name: str, config: ExtractConfig) -> dict[ShardTask, int]:
     """Return the shards that this part of an extraction has to make."""
-    plan = {"n_views": config.views, "shard_rows": config.shard_rows, "retry": config.retry_failed}
-    tasks = plan_shards(cache, table, modality, name, **plan)
+    sizes = {"n_views": config.views, "shard_rows": config.shard_rows}
+    tasks = plan_shards(cache, table, modality, name, **sizes, retry=config.retry_failed)
     return {task: n for task, n in tasks.items() if _is_ours(task, config.part)}
 
 
@@ -97,14 +101,16 @@ def open_stores(cache: Cache, data: DataConfig, config: ExtractConfig) -> dict[s
 
     Raises CacheError if one is there with another number of clips a shard.
     """
-    records = {m: recorded_backbone(cache, backbone_request(m, data, config)) for m in data.modalities}
-    if None in records.values():
+    known = {m: recorded_backbone(cache, backbone_request(m, data, config)) for m in data.modalities}
+    made: dict[str, dict[str, Any]] = {}
+    if None in known.values():
         # Only building a backbone tells the digest of its weights, the first time they are met.
         from .frozen import record_backbones
 
-        records |= record_backbones(cache, [m for m, record in records.items() if record is None], data, config)
+        made = record_backbones(cache, [m for m, record in known.items() if record is None], data, config)
     stores = {}
-    for modality, record in records.items():
+    for modality, recorded in known.items():
+        record = recorded or made[modality]
         identity = token_identity(modality, data, record["backbone"], config.theta, config.precision)
         stores[modality] = _opened(cache, modality, identity, record["shape"], config)
     return stores
@@ -137,18 +143,24 @@ def _make(cache: Cache, table: ClipTable, tasks: dict[ShardTask, int], data: Dat
     names = {task.modality: task.name for task in tasks}
     orders = plan_orders(cache, table, tasks)
     with watched("extract", sum(tasks.values()), "clips") as progress:
-        if config.scheduler or config.workers > 1:
-            from .cluster import Cluster as Maker
-        else:
-            from .engine import Engine as Maker
-        with Maker(data, config, names) as maker:
+        with _maker(data, config, names) as maker:
             while orders := maker.make(orders, progress.advance):
                 progress.advance(0, f"{len(orders)} shards are being made by another process")
                 time.sleep(LOOK_AGAIN_S)
         return progress.done
 
 
-def _counted(cache: Cache, table: ClipTable, path: Path, n_views: int) -> Counter:
+def _maker(data: DataConfig, config: ExtractConfig, names: dict[str, str]) -> "Cluster | Engine":
+    if config.scheduler or config.workers > 1:
+        from .cluster import Cluster
+
+        return Cluster(data, config, names)
+    from .engine import Engine
+
+    return Engine(data, config, names)
+
+
+def _counted(cache: Cache, table: ClipTable, path: Path, n_views: int) -> Counter[str]:
     """Count the states of the table's clips over all views; clips that left the table do not count."""
     store, rows = TokenStore.open(path), cache.rows(table.clip_ids)
     states = np.concatenate([store.state(rows, view) for view in range(n_views)])

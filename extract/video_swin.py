@@ -1,8 +1,8 @@
 """Video Swin as tokens: torchvision's modules and weights, with window attention that is planned and fused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,11 @@ VIDEO_MEAN, VIDEO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FLOW_MEAN, FLOW_STD = (128 / 255, 128 / 255, 0.0), (0.225, 0.225, 0.225)
 
 
+def _size(along: Iterable[int]) -> Size:
+    t, h, w = along
+    return t, h, w
+
+
 class WindowPlan(nn.Module):
     """Which token goes to which shifted window, and which tokens of a window may not see each other.
 
@@ -30,13 +35,17 @@ class WindowPlan(nn.Module):
     are at most 8 kinds, and a mask for each kind takes a fraction of the memory of a mask for each window.
     """
 
+    source: Tensor
+    target: Tensor
+    mask: Tensor
+
     def __init__(self, size: Size, window: Size, shift: Size) -> None:
         super().__init__()
         # Along an axis that one window covers there is nothing to shift.
-        shift = tuple(0 if n <= w else s for n, w, s in zip(size, window, shift, strict=True))
+        shift = _size(0 if n <= w else s for n, w, s in zip(size, window, shift, strict=True))
         self.size = size
-        self.window = tuple(min(n, w) for n, w in zip(size, window, strict=True))
-        self.padded = tuple(-(-n // w) * w for n, w in zip(size, self.window, strict=True))
+        self.window = _size(min(n, w) for n, w in zip(size, window, strict=True))
+        self.padded = _size(-(-n // w) * w for n, w in zip(size, self.window, strict=True))
         # Computed on the CPU, whatever the default device is: on `meta` nobody could count the windows of a kind.
         places = torch.arange(prod(self.padded), device="cpu").view(self.padded)
         places = self._cut(places.roll([-s for s in shift], (0, 1, 2)))
@@ -153,8 +162,8 @@ def plan_windows(features: nn.Sequential, grid: Size) -> Size:
             grid = (grid[0], -(-grid[1] // 2), -(-grid[2] // 2))
             continue
         plans: dict[Size, WindowPlan] = {}
-        for layer in stage:
-            window, shift = tuple(layer.attn.window_size), tuple(layer.attn.shift_size)
+        for layer in cast(Iterable[SwinTransformerBlock], stage):
+            window, shift = _size(layer.attn.window_size), _size(layer.attn.shift_size)
             if shift not in plans:
                 plans[shift] = WindowPlan(grid, window, shift)
             layer.attn.plan = plans[shift]
@@ -169,6 +178,8 @@ class VideoSwin(Backbone):
     """
 
     clip_token = False
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: SwinTransformer3d, modality: str, input_shape: tuple[int, ...]) -> None:
         is_sound, patch = modality == "audio", network.patch_embed.tuple_patch_size
@@ -177,8 +188,8 @@ class VideoSwin(Backbone):
             side = -(-max(input_shape[1:]) // multiple) * multiple
             size = (input_shape[0], side, side)
         else:
-            size = (input_shape[0], *input_shape[2:])
-        grid = plan_windows(network.features, tuple(-(-n // p) for n, p in zip(size, patch, strict=True)))
+            size = _size((input_shape[0], *input_shape[2:]))
+        grid = plan_windows(network.features, _size(-(-n // p) for n, p in zip(size, patch, strict=True)))
         super().__init__(input_shape, prod(grid), network.num_features)
         self.is_sound, self.size = is_sound, size
         self.patch_embed, self.features, self.norm = network.patch_embed, network.features, network.norm

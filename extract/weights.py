@@ -31,7 +31,8 @@ def plugged_in() -> EntryPoints:
 def backbone_request(modality: str, data: DataConfig, config: ExtractConfig) -> dict[str, Any]:
     """Return all that decides a backbone's tensors: name, input shape, and the weights by content."""
     chosen: BackboneConfig = getattr(config, modality)
-    request = {"name": shown_name(chosen.name), "modality": modality, "input_shape": list(data.input_shape(modality))}
+    shape = list(data.input_shape(modality))
+    request: dict[str, Any] = {"name": shown_name(chosen.name), "modality": modality, "input_shape": shape}
     try:
         request["libraries"] = {name: version(name) for name in _libraries(chosen.name)}
     except PackageNotFoundError as error:
@@ -119,7 +120,7 @@ def backbone_identity(name: str, backbone: "Backbone") -> dict[str, Any]:
     a choice of the clip's token that is not the backbone's own.
     """
     code = [f"{point.dist.name} {point.dist.version}" for point in plugged_in() if point.name == name and point.dist]
-    about = {"name": shown_name(name), "weights": tensors_digest(backbone.state_dict())}
+    about: dict[str, Any] = {"name": shown_name(name), "weights": tensors_digest(backbone.state_dict())}
     if backbone.clip_token != type(backbone).clip_token:
         about["clip_token"] = backbone.clip_token
     return {**about, "code": code[0]} if code else about

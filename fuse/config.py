@@ -1,6 +1,6 @@
 """Settings of `karmma train-teacher`, and those that it shares with the student's training."""
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
@@ -13,6 +13,10 @@ Missing = Literal["ignore", "B.1", "B.2", "B.3", "B.4", "B.5"]
 
 class TrainingConfig(StageConfig):
     """Optimisation of either model, and where its run goes."""
+
+    if TYPE_CHECKING:  # each of the two states its own, in another place of its help
+        weight_decay: float
+        clip_norm: float
 
     epochs: int = paper(100, "passes over the training clips; the paper's ablations use 50", "sec. 4", ge=1)
     max_lr: float = paper(5e-4, "learning rate at the end of the warm-up", "sec. 4", gt=0)

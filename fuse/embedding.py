@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,10 @@ class Embedding(nn.Module):
         keep = self._keep(counts, present) if self.missing in UNEVEN else None
         return Embedded(torch.cat(list(parts.values()), dim=1), counts, keep)
 
+    def _linear(self, name: str) -> nn.Linear:
+        """Return the projection of a modality: torch's types do not say what a ModuleDict holds."""
+        return cast(nn.Linear, self.project[name])
+
     def _learned(self, name: str) -> Tensor | None:
         """Return what replaces a missing modality, [1, E] or [k, E]; None if nothing does."""
         if self.missing == "ignore":
@@ -131,7 +136,7 @@ class Embedding(nn.Module):
 
     def _available(self, name: str, tokens: Tensor, here: Tensor | None) -> Tensor:
         """Return [B, k, E] for a modality of which some clips have tokens; here: [B] bool, None = all of them."""
-        project, learned = self.project[name], self._learned(name)
+        project, learned = self._linear(name), self._learned(name)
         if here is not None:
             here = here[:, None, None]  # [B, 1, 1]
             tokens = tokens.masked_fill(~here, 0.0)  # else a NaN there would reach the gradient of the weights
@@ -145,7 +150,7 @@ class Embedding(nn.Module):
 
     def _stand_in(self, name: str, present: Tensor, whole: bool) -> Tensor:
         """Return [B, n, E] for what every clip lacks; n is 0 under ignore, 1 under B.1, otherwise, or if whole, k."""
-        weight, learned = self.project[name].weight, self._learned(name)
+        weight, learned = self._linear(name).weight, self._learned(name)
         n_tokens = self.n_tokens[name] if whole else {"ignore": 0, "B.1": 1}.get(self.missing, self.n_tokens[name])
         if learned is None:
             return weight.new_zeros(len(present), n_tokens, len(weight))
@@ -173,12 +178,12 @@ class Embedding(nn.Module):
                 if present[:, column].any():
                     raise ValueError(f"present has clips with {name}, but no tokens of {name} are given. Pass them.")
                 continue
-            found, width = tuple(tokens[name].shape), self.project[name].in_features
+            shape, width = tuple(tokens[name].shape), self._linear(name).in_features
             fixed = self.missing not in UNEVEN
             n_tokens = self.n_tokens[name] if fixed else "k"
-            fits = len(found) == 3 and found[0] == len(present) and found[2] == width
-            if not fits or (fixed and found[1] != n_tokens):
-                raise ValueError(f"Tokens of {name} are {list(found)}, expected [{len(present)}, {n_tokens}, {width}].")
+            fits = len(shape) == 3 and shape[0] == len(present) and shape[2] == width
+            if not fits or (fixed and shape[1] != n_tokens):
+                raise ValueError(f"Tokens of {name} are {list(shape)}, expected [{len(present)}, {n_tokens}, {width}].")
 
 
 def _some_and_every(present: Tensor) -> tuple[list[bool], list[bool]]:

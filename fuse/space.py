@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from ..data.config import PLACES, DataConfig
+from ..data.config import PLACES, DataConfig, StageConfig
 from ..data.errors import ConfigError, nearest
 from ..data.settings import resolve
 from .config import NOT_DECISIVE, TeacherConfig
@@ -15,7 +15,7 @@ from .config import NOT_DECISIVE, TeacherConfig
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
-SECTIONS = {"data": DataConfig, "teacher": TeacherConfig}
+SECTIONS: dict[str, type[StageConfig]] = {"data": DataConfig, "teacher": TeacherConfig}
 # The command line's name of a setting, where it is another.
 RENAMED = {"modality": "modalities"}
 RANGE = re.compile(r"(?P<low>[^,]+?)\.\.(?P<high>[^,]+)(?P<log>,log)?(,step=(?P<step>[^,]+))?")
@@ -43,7 +43,7 @@ class Dimension:
         if self.choices:
             return trial.suggest_categorical(self.field, self.choices)
         if isinstance(self.low, int):
-            return trial.suggest_int(self.field, self.low, self.high, log=self.log, step=int(self.step or 1))
+            return trial.suggest_int(self.field, self.low, int(self.high), log=self.log, step=int(self.step or 1))
         return trial.suggest_float(self.field, self.low, self.high, log=self.log, step=self.step)
 
 
@@ -141,9 +141,10 @@ def _listed(field: str, value: Any) -> Any:
     return value.replace("+", ",") if field == "modalities" else value
 
 
-def _range(dimension: Dimension, text: str, low: Any, high: Any, parsed: re.Match) -> Dimension:
+def _range(dimension: Dimension, text: str, low: Any, high: Any, parsed: re.Match[str]) -> Dimension:
+    stated = parsed.group("step")
     try:
-        step = parsed.group("step") and float(parsed.group("step"))
+        step = float(stated) if stated else None
     except ValueError:
         step = math.nan
     fits = all(isinstance(each, int | float) and not isinstance(each, bool) for each in (low, high)) and low < high

@@ -133,8 +133,8 @@ def describe_run(
     n_views = selection.n_views
     return {
         "kind": "teacher",
-        "settings": config.model_dump(mode="json", exclude=NOT_DECISIVE | {"tokens"}),
-        "data": data.model_dump(mode="json", exclude=PLACES),
+        "settings": config.model_dump(mode="json", exclude={*NOT_DECISIVE, "tokens"}),
+        "data": data.model_dump(mode="json", exclude={*PLACES}),
         "inputs": {modality: cache.identities(modality)[name]["input"] for modality, name in selection.names.items()},
         "tokens": selection.names,
         "made_by": {

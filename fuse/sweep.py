@@ -6,6 +6,7 @@ Nothing at import needs torch: the workers have it.
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -133,7 +134,7 @@ def _run(work: "Work", study: "Study") -> None:
         )
 
 
-def _stop(workers: list[BaseProcess]) -> None:
+def _stop(workers: Sequence[BaseProcess]) -> None:
     """End what still runs: in good order, and by force if it does not listen."""
     for end in (BaseProcess.terminate, BaseProcess.kill):
         for worker in workers:
@@ -151,8 +152,8 @@ def _n_epochs(trials: list["FrozenTrial"], work: "Work") -> int:
 
 def _show(shown: Task, trials: list["FrozenTrial"], work: "Work", before: int) -> None:
     """Show how far all trials are, and the best of them."""
-    values = {trial.number: trial.value for trial in trials if trial.state.name == "COMPLETE"}
-    best = max(values, key=values.get, default=None)
+    values = {trial.number: trial.value or 0.0 for trial in trials if trial.state.name == "COMPLETE"}
+    best = max(values, key=values.__getitem__, default=None)
     n_done = sum(trial.state.is_finished() for trial in trials)
     said = "" if best is None else f", best {values[best]:.4f} of trial {best}"
     if n_new := _n_epochs(trials, work) - before - shown.done:

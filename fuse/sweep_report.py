@@ -43,6 +43,11 @@ def write_results(folder: Path, space: Space, trials: Sequence[FrozenTrial]) -> 
     return paths
 
 
+def _reached(trial: FrozenTrial) -> float:
+    assert trial.value is not None  # Optuna completes no trial without one
+    return trial.value
+
+
 def n_epochs(trial: FrozenTrial) -> int:
     """Return how many epochs a trial was trained."""
     return len(trial.intermediate_values)
@@ -55,7 +60,7 @@ def _plot(space: Space, trials: Sequence[FrozenTrial]) -> str:
     rows, columns = -(-panels // COLUMNS), min(panels, COLUMNS)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
     first, *others = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    numbers, values = [trial.number for trial in done], [trial.value for trial in done]
+    numbers, values = [trial.number for trial in done], [_reached(trial) for trial in done]
     first.plot(numbers, values, "o", markersize=4)
     first.step(numbers, [max(values[: at + 1]) for at in range(len(values))], where="post", label="best so far")
     ended = [trial for trial in trials if trial.state == TrialState.PRUNED and trial.value is not None]
@@ -72,7 +77,7 @@ def _plot(space: Space, trials: Sequence[FrozenTrial]) -> str:
 def _by_option(axes: Axes, dimension: Dimension, done: Sequence[FrozenTrial]) -> None:
     found = [trial.params[dimension.field] for trial in done]
     places = [dimension.choices.index(value) for value in found] if dimension.choices else found
-    axes.plot(places, [trial.value for trial in done], "o", markersize=4)
+    axes.plot(places, [_reached(trial) for trial in done], "o", markersize=4)
     axes.set_xlabel(dimension.field)
     if dimension.choices:
         axes.set_xticks(range(len(dimension.choices)), dimension.choices)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from .logits import averaged, build_teacher, on_device, shared_logits, write_log
 from .loop import fit
 from .losses import cross_entropy, info_nce
 from .metrics import accuracy
+from .model import FusionModel
 from .ranks import is_first, own_part, wait
 from .seeds import clip_seeds
 from .training import Training, begin, usable_rows
@@ -129,5 +130,6 @@ class Teacher:
         """Return accuracy by head and action, and cross-entropy, of the clean view of the validation clips."""
         rows = self.rows["val"]
         labels = {head: values[rows] for head, values in self.labels.items()}
-        found = shared_logits(models, self.reader, rows, 0, self.device)
+        fusing = cast(Sequence[FusionModel], models)  # as `self.model` is
+        found = shared_logits(fusing, self.reader, rows, 0, self.device)
         return [{**accuracy(logits, labels), "loss": cross_entropy(logits, labels).item()} for logits in found]

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -114,7 +114,8 @@ class Training:
         if not math.isfinite(val["loss"]):
             raise RunError(f"Epoch {now.epoch}: the loss on validation is {val['loss']}. {self._calmer}")
         # No clip at all, if all of them failed.
-        record = {"epoch": now.epoch, **{name: value / max(now.n_clips, 1) for name, value in now.sums.items()}}
+        means = {name: value / max(now.n_clips, 1) for name, value in now.sums.items()}
+        record: dict[str, Any] = {"epoch": now.epoch, **means}
         record["lr"] = self.rate((now.epoch + 1) * self.course.steps_per_epoch - 1)
         record["clips_per_s"], record["waiting_share"] = now.n_clips / now.seconds, now.waiting / now.seconds
         record |= self.course.about(now.epoch)
@@ -222,9 +223,16 @@ def prepare(config: TrainingConfig) -> torch.device:
     return device
 
 
-def score(found: dict[str, float | None]) -> tuple[float, float]:
+def minus_loss(found: Mapping[str, float | None]) -> float:
+    """Return what grows as the loss on validation gets smaller."""
+    loss = found["loss"]
+    assert loss is not None  # `close_epoch` lets no other pass
+    return -loss
+
+
+def score(found: Mapping[str, float | None]) -> tuple[float, float]:
     """Return what the best checkpoint is chosen by: validation action accuracy, then the lower validation loss.
 
     Where no clip is labelled in every head there is no action accuracy, and the loss alone decides.
     """
-    return found["action"] or 0.0, -found["loss"]
+    return found["action"] or 0.0, minus_loss(found)

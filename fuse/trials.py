@@ -29,7 +29,7 @@ from .space import Space
 from .stage import describe_run, usable_selection
 from .study import Claim, Study
 from .teacher import Teacher
-from .training import Training, begin, prepare
+from .training import Training, begin, minus_loss, prepare
 
 LOOK_AGAIN_S = 2.0
 
@@ -40,7 +40,7 @@ def objective(val: Mapping[str, float | None], share: float = 1.0) -> float:
     share: of the labelled validation clips, those that have a modality of this trial; the others count as wrong, so
     that trials of other modalities are judged on the same clips.
     """
-    return -val["loss"] if val["action"] is None else share * val["action"]
+    return minus_loss(val) if val["action"] is None else share * val["action"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def be_worker(work: Work, at: int) -> None:
     try:
         with enough_memory("the trials of a sweep", "Lower --together, --workers or --batch-size."):
             train_all(work, at)
-    except (KarmmaError, *storage_errors()) as error:
+    except storage_errors(KarmmaError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
@@ -81,7 +81,9 @@ def train_all(work: Work, at: int = 0) -> None:
 
 def _end_with_parent() -> None:
     """Wait for the sweep's own process to end, and end this one then."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
