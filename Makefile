@@ -5,7 +5,7 @@ WORKERS ?= 2
 # Two processes, each with whole files: most tests start processes of their own and wait for them.
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-slow lint reproduce
+.PHONY: demo test test-slow lint types reproduce
 
 demo: $(VENV)/installed
 	$(KARMMA) demo
@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(PYTEST)
 
-test-slow: $(VENV)/installed
+test-slow: $(VENV)/installed types
 	$(PYTEST) -m slow
 
 reproduce: $(VENV)/installed
@@ -21,6 +21,10 @@ reproduce: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
+
+# A minute on one core, so it goes with the slow tests.
+types: $(VENV)/installed
 	mkdir -p .venv/as && ln -sfn "$(CURDIR)" .venv/as/karmma
 	$(VENV)/bin/mypy
 

@@ -37,6 +37,7 @@ class StageConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None  # as for every validator of fields
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise ValueError("expected a value, not true or false")
