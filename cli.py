@@ -15,6 +15,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
+from .cli_app import app as serve_app
 from .cli_cache import cache_app
 from .cli_doctor import doctor
 from .cli_evaluate import evaluate
@@ -56,6 +57,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.command("evaluate")(evaluate)
 app.command("predict")(predict)
+app.command("app")(serve_app)
 app.command("export")(export)
 app.command("report")(report)
 app.command("sweep")(sweep)
