@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-GIVE_UP_S = 60
+GIVE_UP_S = 120
 
 
 class Browser:
