@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from .cli_app import app as serve_app
 from .cli_cache import cache_app
 from .cli_data import check, init
 from .cli_doctor import doctor
@@ -60,6 +61,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.command("evaluate")(evaluate)
 app.command("predict")(predict)
+app.command("app")(serve_app)
 app.command("export")(export)
 app.command("report")(report)
 app.command("sweep")(sweep)

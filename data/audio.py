@@ -56,7 +56,7 @@ def read_audio(sound: Sound, times: np.ndarray, span: tuple[float, float], view:
     times, span (start and stop of the clip): seconds on the file's clock.
     Raises MediaError if the file has a sound track of which no sample lies within the clip, or decoding breaks off.
     """
-    columns = _columns(times, data)
+    columns = segment_hops(times, data)
     reach = max(_fft_size(data), data.audio_window) // 2
     first, last = int(columns[0, 0]) * data.audio_hop - reach, int(columns[-1, -1]) * data.audio_hop + reach
     samples = read_samples(sound, (first, last), span, data.audio_rate)
@@ -84,7 +84,7 @@ def _masked(segments: np.ndarray, moments: np.ndarray, span: tuple[float, float]
     return segments
 
 
-def _columns(times: np.ndarray, data: DataConfig) -> np.ndarray:
+def segment_hops(times: np.ndarray, data: DataConfig) -> np.ndarray:
     """Return the numbers of the hops on which the windows of each segment are centred, int64 [T, steps], ascending."""
     # Ties all go down, so that segments that lie end to end share no step and lack none.
     centred = times * data.audio_rate / data.audio_hop - (data.audio_steps - 1) / 2
@@ -205,7 +205,18 @@ def _filling_fft(rate: int, window: int, n_mels: int) -> int:
 
 @lru_cache(maxsize=8)
 def mel_filters(rate: int, n_fft: int, n_mels: int) -> np.ndarray:
-    """Return triangular filters of equal area from 0 to rate / 2, float32 [n_mels, n_fft // 2 + 1].
+    """Return triangular filters of equal area from 0 to rate / 2, float32 [n_mels, n_fft // 2 + 1]."""
+    edges = mel_edges(rate, n_mels)
+    bins = np.arange(n_fft // 2 + 1) * rate / n_fft
+    widths = np.array([high - low for low, high in pairwise(edges)])
+    rising = (bins - edges[:-2, None]) / widths[:-1, None]
+    falling = (edges[2:, None] - bins) / widths[1:, None]
+    filters = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+    return filters.astype(np.float32)
+
+
+def mel_edges(rate: int, n_mels: int) -> np.ndarray:
+    """Return where mel filters begin, peak and end, in Hz, float64 [n_mels + 2]: filter m peaks at m + 1.
 
     Source: Slaney's Auditory Toolbox: 200/3 Hz a mel below 1000 Hz, 27 steps per factor 6.4 above.
     """
@@ -213,10 +224,4 @@ def mel_filters(rate: int, n_fft: int, n_mels: int) -> np.ndarray:
     knee, top_hz = knee_hz / hz_per_mel, rate / 2
     top = top_hz / hz_per_mel if top_hz < knee_hz else knee + np.log(top_hz / knee_hz) / log_step
     mel = np.linspace(0, top, n_mels + 2)
-    edges = np.where(mel < knee, mel * hz_per_mel, knee_hz * np.exp(log_step * (mel - knee)))
-    bins = np.arange(n_fft // 2 + 1) * rate / n_fft
-    widths = np.array([high - low for low, high in pairwise(edges)])
-    rising = (bins - edges[:-2, None]) / widths[:-1, None]
-    falling = (edges[2:, None] - bins) / widths[1:, None]
-    filters = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
-    return filters.astype(np.float32)
+    return np.where(mel < knee, mel * hz_per_mel, knee_hz * np.exp(log_step * (mel - knee)))

@@ -1,7 +1,7 @@
 """Footage: files without a clip table, found by name or below a folder, as clips to predict."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .annotations import SOURCES, Clip
@@ -87,6 +87,27 @@ def footage_clip(
     stated = {name: getattr(data, field) for name, field in RATED.items()} | dict(rates or {})
     known = {name: rate for name, rate in stated.items() if rate}
     return Clip(str(path), film, float(start_s), stop_s, sources, film.stem, known)
+
+
+def film_and_files(paths: Sequence[Path]) -> tuple[Path, dict[str, Path]]:
+    """Return which of files that belong together is the film, and which modality the others are a source of.
+
+    Boxes are a .json; a sound file is the sound of the film beside it, or the film itself where there is no other.
+    Raises MediaError if there is no film, or more than one file of a kind.
+    """
+    boxes = [path for path in paths if path.suffix.lower() == ".json"]
+    sounds = [path for path in paths if path.suffix.lower() in HEARD]
+    films = [path for path in paths if path not in (*boxes, *sounds)]
+    if not films:
+        films, sounds = sounds, []
+    for kind, found in (("clips", films), ("sound files", sounds), ("files of boxes", boxes)):
+        if len(found) > 1:
+            named = ", ".join(path.name for path in found)
+            raise MediaError(f"{len(found)} {kind}, expected one: {named}. Leave only one of them.")
+    if not films:
+        raise MediaError(f"{boxes[0].name if boxes else 'nothing'}: no clip is among the files. Add one.")
+    files = {"audio": sounds, "detections": boxes}
+    return films[0], {name: found[0] for name, found in files.items() if found}
 
 
 def length_s(clip: Clip) -> float:

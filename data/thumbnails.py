@@ -1,4 +1,4 @@
-"""A small picture of a clip, for people: the middle frame of its clean view as JPEG."""
+"""Pictures for people: the middle frame of a clip as a small JPEG, and arrays as PNG."""
 
 from collections.abc import Sequence
 
@@ -27,4 +27,12 @@ def _jpeg(frames: np.ndarray | None) -> bytes | None:
 
     picture = cv2.cvtColor(frames[len(frames) // 2].transpose(1, 2, 0), cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+    return encoded.tobytes()
+
+
+def png(picture: np.ndarray) -> bytes:
+    """Encode a picture, uint8 [H, W, 3] RGB or [H, W] grey, without loss."""
+    import cv2
+
+    _, encoded = cv2.imencode(".png", picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     return encoded.tobytes()

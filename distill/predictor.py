@@ -80,12 +80,24 @@ class Predictor:
         Raises ConfigError on a modality that the student does not know.
         """
         clip = footage_clip(path, self.data, (start_s, stop_s), files, rates)
-        asked, found = _split(clip, self.known(modalities))
-        if asked:
-            found |= read_clip(clip, draw_view(clip.clip_id, 0, self.data), asked, self.data)
-        (said,) = self._said([clip], [found], allow_failures)
+        said = self.answer(clip, self.read(clip, self.known(modalities)), allow_failures)
         if isinstance(said, Failure):
             raise MediaError(str(said))
+        return said
+
+    def read(self, clip: Clip, modalities: Sequence[str], pool: ReaderPool | None = None) -> dict[str, Reading]:
+        """Return the clean view of a clip in each of some modalities, read in this process or by a reader of `pool`."""
+        asked, found = _split(clip, modalities)
+        if asked and pool:
+            (future,) = pool.submit([(clip, 0, asked)])
+            found |= future.result()
+        elif asked:
+            found |= read_clip(clip, draw_view(clip.clip_id, 0, self.data), asked, self.data)
+        return found
+
+    def answer(self, clip: Clip, readings: Mapping[str, Reading], allow_failures: bool = False) -> Prediction | Failure:
+        """Return what is said of a clip from readings of it: all that `read` gave, or some."""
+        (said,) = self._said([clip], [readings], allow_failures)
         return said
 
     def timeline(

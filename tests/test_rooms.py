@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "distill": {"data", "extract", "fuse", "distill"},
 }
 IN_DATA, IN_EXTRACT = ("zarr", "h5py", "av", "cv2", "upath"), ("timm", "transformers", "dask", "distributed")
-IN_DISTILL = ("onnx", "onnxruntime", "onnxscript", "huggingface_hub")
+IN_DISTILL = ("onnx", "onnxruntime", "onnxscript", "huggingface_hub", "gradio")
 ONLY_IN = {"typer": "cli.py"} | dict.fromkeys(IN_DATA, "data") | dict.fromkeys(IN_EXTRACT, "extract")
 ONLY_IN |= dict.fromkeys(IN_DISTILL, "distill")
 NOWHERE = {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
@@ -54,6 +54,12 @@ def test_file_has_no_eval_and_no_print(path):
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"eval", "exec", "print"}, f"{path}:{node.lineno}"
+
+
+def test_gradio_is_known_to_the_page_alone():
+    assert [str(path) for path in FILES if any(name[0].startswith("gradio") for name in imports(path))] == [
+        "distill/app.py"
+    ]
 
 
 def test_every_file_opens_with_its_purpose():

@@ -1,9 +1,11 @@
 """Files without a table: which films a name stands for, and the clips that are made of them."""
 
+from pathlib import Path
+
 import pytest
 from karmma.data.config import DataConfig
 from karmma.data.errors import ConfigError, MediaError
-from karmma.data.footage import find_footage, footage_clip, length_s
+from karmma.data.footage import film_and_files, find_footage, footage_clip, length_s
 
 DATA = DataConfig()
 
@@ -74,4 +76,35 @@ def test_clip_has_only_the_sources_that_are_named(film, tmp_path):
 def test_clip_that_makes_no_sense_is_refused(film, given, error, said):
     with pytest.raises(error) as raised:
         footage_clip(film("a.mp4", [0.0, 0.04]), DATA, **given)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "film", "files"),
+    [
+        ("a.mp4", "a.mp4", {}),
+        ("a.wav", "a.wav", {}),
+        ("a.json a.MKV", "a.MKV", {"detections": Path("a.json")}),
+        ("b.wav a.json a.mp4", "a.mp4", {"audio": Path("b.wav"), "detections": Path("a.json")}),
+        ("b.wav a.JSON", "b.wav", {"detections": Path("a.JSON")}),
+        ("what", "what", {}),
+    ],
+)
+def test_film_among_files_that_belong_together_is_found(names, film, files):
+    assert film_and_files([Path(name) for name in names.split()]) == (Path(film), files)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("a.mp4 b.mp4", "2 clips, expected one: a.mp4, b.mp4. Leave only one of them."),
+        ("a.wav b.wav", "2 clips, expected one"),
+        ("a.mp4 a.wav b.wav", "2 sound files, expected one: a.wav, b.wav"),
+        ("a.mp4 a.json b.json", "2 files of boxes, expected one: a.json, b.json"),
+        ("a.json", "a.json: no clip is among the files. Add one."),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(names, said):
+    with pytest.raises(MediaError) as raised:
+        film_and_files([Path(name) for name in names.split()])
     assert said in str(raised.value)

@@ -17,8 +17,10 @@ from karmma.data.annotations import Clip
 from karmma.data.config import DataConfig
 from karmma.data.errors import CacheError, ConfigError, MediaError, RunError
 from karmma.data.footage import footage_clip
-from karmma.data.modality import PRESENT, subsets
+from karmma.data.media import Reading
+from karmma.data.modality import FAILED, PRESENT, subsets
 from karmma.data.raw import read_clip
+from karmma.data.readers import ReaderPool
 from karmma.data.runs import RunFolder
 from karmma.data.views import draw_view
 from karmma.distill.evaluate import subset_logits
@@ -82,6 +84,22 @@ def test_prediction_is_that_of_the_student_on_the_clip_as_read(predictor, by_han
         assert said[head].sum() == pytest.approx(1, abs=1e-5)
     assert said.present == modalities
     assert said.missing == {m: "not asked for" for m in M if m not in modalities}
+
+
+def test_clip_that_was_read_once_is_answered_for_any_subset_of_its_readings(predictor, sample):
+    video, boxes = files_of(sample, 2)
+    clip = footage_clip(video, predictor.data, files={"detections": boxes})
+    with ReaderPool(1, predictor.data) as pool:
+        readings = predictor.read(clip, M, pool)
+    for modalities in subsets(M):
+        said = predictor.answer(clip, {name: readings[name] for name in modalities})
+        alone = predictor.predict(video, modalities, files={"detections": boxes})
+        assert said.present == alone.present == modalities
+        assert said.missing == alone.missing
+        assert all(np.array_equal(said[head], alone[head]) for head in said)
+    said = predictor.answer(clip, {"audio": Reading(FAILED, None, "damaged.")})
+    assert isinstance(said, Failure)
+    assert "audio failed: damaged" in str(said)
 
 
 def test_stretch_of_a_film_is_the_clip_with_these_times(predictor, by_hand, sample):
