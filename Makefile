@@ -21,7 +21,7 @@ reproduce: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --no-compile --constraint constraints.txt --editable ".[docs]"
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
