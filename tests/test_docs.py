@@ -47,6 +47,8 @@ COLUMNS = {"clip_id", "video", "video_id", "start_s", "stop_s", "split", "partic
 # Words before `karmma` of a line that does not run it.
 OTHERS = {"pip", "cd", "source", "conda"}
 
+COMMAND = typer.main.get_command(app)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -181,7 +183,7 @@ def options(command: Any) -> set[str]:
 
 def resolved(words: list[str]) -> tuple[Any, list[str]]:
     """Return the command that words behind `karmma` name, and the words for it."""
-    command, rest = typer.main.get_command(app), words
+    command, rest = COMMAND, words
     while hasattr(command, "commands") and rest:
         if rest[0].startswith("-"):
             assert rest[0] in options(command), f"karmma {shlex.join(words)}: no {rest[0]}"
