@@ -5,7 +5,7 @@ WORKERS ?= 2
 # Two processes, each with whole files: most tests start processes of their own and wait for them.
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-slow lint types reproduce
+.PHONY: demo test test-slow lint types reproduce docs
 
 demo: $(VENV)/installed
 	$(KARMMA) demo
@@ -18,6 +18,10 @@ test-slow: $(VENV)/installed types
 
 reproduce: $(VENV)/installed
 	$(VENV)/bin/python bench/reproduce/run.py $(if $(QUICK),--quick)
+
+docs: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --no-compile --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
