@@ -7,16 +7,18 @@ found damage, 130 interrupted.
 import ctypes
 import logging
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 
 from .cli_app import app as serve_app
 from .cli_cache import cache_app
+from .cli_data import check, init
 from .cli_doctor import doctor
 from .cli_evaluate import evaluate
 from .cli_export import export
@@ -24,6 +26,7 @@ from .cli_options import (
     DAMAGED,
     INTERRUPTED,
     SOME_FAILED,
+    Answer,
     Settings,
     complain,
     loud,
@@ -31,20 +34,21 @@ from .cli_options import (
     sample_data,
     tell,
     tell_some,
+    with_flags,
     with_options,
+    would,
 )
 from .cli_predict import predict
 from .cli_report import report
 from .cli_sweep import sweep
-from .data.annotations import SPLITS
-from .data.clips import read_rows
 from .data.errors import KarmmaError, is_memory_short, memory_short, printable
 from .data.modality import letters
 from .data.places import storage_errors
-from .data.progress import watched
-from .distill.stage import distill_student
-from .extract.stage import extract_tokens
-from .fuse.stage import train_teacher
+from .data.runs import RunFolder
+from .distill.stage import distill_student, plan_student
+from .extract.stage import ExtractReport, extract_tokens, plan_extraction
+from .fuse.config import TrainingConfig
+from .fuse.stage import plan_teacher, train_teacher
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 
@@ -62,19 +66,41 @@ app.command("export")(export)
 app.command("report")(report)
 app.command("sweep")(sweep)
 app.command("doctor")(doctor)
+app.command("init")(init)
+app.command("check")(check)
 
 
 @app.command("extract")
 @with_options("data", "extract")
-def extract(*, settings: Settings) -> None:
-    """Run the frozen backbones once; tokens go to Zarr shards in the cache."""
-    report = extract_tokens(settings.table(), settings.data, settings.extract)
+def extract(*, settings: Settings) -> Answer:
+    """Run the frozen backbones once; tokens go to Zarr shards in the cache.
+
+    \b
+    Examples:
+      karmma extract
+      karmma extract --modality flow --workers 4
+      karmma extract --table clips.csv --cache s3://bucket/cache --part 1/4
+    """
+    table = settings.table()
+    if settings.dry_run:
+        due = plan_extraction(table, settings.data, settings.extract)
+        n_due = sum(due.values())
+        counts = ", ".join(f"{n} of {modality}" for modality, n in due.items())
+        what = f"Would extract {n_due} (clip, view): {counts}" if n_due else "Nothing to do: the cache is complete"
+        return would(f"{what}, in {settings.data.cache}", cache=settings.data.cache, due=due)
+    report = extract_tokens(table, settings.data, settings.extract)
     tell_some(report.changes)
-    table = Table("modality", "present", "absent", "failed", "identity")
+    shown = Table("modality", "present", "absent", "failed", "identity")
     for modality, counts in report.counts.items():
         numbers = [str(counts[name]) for name in ("present", "absent", "failed")]
-        table.add_row(modality, *numbers, report.stores[modality].stem)
-    out.print(table)
+        shown.add_row(modality, *numbers, report.stores[modality].stem)
+    out.print(shown)
+    _tell_extraction(report, settings.extract.part)
+    return Answer(vars(report), SOME_FAILED if report.n_failed else 0)
+
+
+def _tell_extraction(report: ExtractReport, part: str) -> None:
+    """Say what failed, how far bfloat16 is off, what was written, and what comes next."""
     for modality, failures in report.failures.items():
         tell_some([f"failed: {modality} of {clip_id}: {reason}" for clip_id, reason in failures.items()])
     for modality, found in report.agreement.items():
@@ -83,24 +109,40 @@ def extract(*, settings: Settings) -> None:
             f"{found['least']:.5f} (least)"
         )
     if report.n_written:
-        tell(f"Extracted {report.n_written} (clip, view, modality).")
+        tell(f"Extracted {report.n_written} (clip, view, modality) into {report.cache}.")
     else:
-        part = settings.extract.part
         tell("Nothing to do: " + ("the cache is complete." if part == "1/1" else f"part {part} is complete."))
     if report.n_failed:
         tell(f"{report.n_failed} failed. Mend the files and run again with --retry-failed.")
-        raise typer.Exit(SOME_FAILED)
-    tell(f"Next: karmma train-teacher --cache {report.cache}")
+    else:
+        tell(f"Next: karmma train-teacher --cache {report.cache}")
 
 
 @app.command("train-teacher")
 @with_options("data", "teacher")
-def teach(*, settings: Settings) -> None:
-    """Train the light fusion head from the cache and store the teacher's logits."""
+def teach(*, settings: Settings) -> Answer:
+    """Train the light fusion head from the cache and store the teacher's logits.
+
+    \b
+    Examples:
+      karmma train-teacher --cache ./cache
+      karmma train-teacher --modality video,audio --max-lr 1e-3 --seed 1
+      torchrun --nproc-per-node 4 -m karmma.cli train-teacher
+    """
+    if settings.dry_run:
+        plan = plan_teacher(settings.table(), settings.data, settings.teacher)
+        return _would_train(plan.run, plan.is_done, plan.modalities, settings.teacher)
     report = train_teacher(settings.table(), settings.data, settings.teacher)
     tell(f"Modalities: {letters(report.modalities)}")
     print_result(report.run, report.result, report.was_there)
     tell(f"Wrote {report.run} and {report.logits}. Next: karmma distill")
+    return Answer(vars(report))
+
+
+def _would_train(run: RunFolder, is_done: bool, modalities: Sequence[str], config: TrainingConfig) -> Answer:
+    what = f"Would train {run.path} on {letters(modalities)} for {config.epochs} epochs"
+    what = f"Nothing to do: {run.path} was trained from exactly this already" if is_done else what
+    return would(what, run=run.path, was_there=is_done, modalities=modalities)
 
 
 @app.command("distill")
@@ -114,19 +156,34 @@ def distil(
             "--check-teacher", min=1, help="train nothing; hold cached logits of n clips against a live teacher"
         ),
     ] = None,
-) -> None:
-    """Train the end-to-end student on raw clips beside the cached teacher."""
+) -> Answer:
+    """Train the end-to-end student on raw clips beside the cached teacher.
+
+    \b
+    Examples:
+      karmma distill
+      karmma distill --variant baseline --seed 1
+      karmma distill --modality video,audio --epochs 30 --decoded-gb 50
+      karmma distill --check-teacher 16
+    """
+    if settings.dry_run:
+        plan = plan_student(settings.table(), settings.data, settings.student)
+        if n_checked:
+            return would(f"Would hold logits of {plan.teacher.digest} for {n_checked} clips against a live teacher")
+        modalities = settings.student.modalities or settings.data.modalities
+        return _would_train(plan.run, plan.run.is_finished, modalities, settings.student)
     if n_checked:
-        raise typer.Exit(_check_teacher(settings, n_checked))
+        return _check_teacher(settings, n_checked)
     report = distill_student(settings.table(), settings.data, settings.student)
     tell(f"Modalities: {letters(report.modalities)}, teacher: {report.teacher}")
     print_result(report.run, report.result, report.was_there)
     tell_some([f"allowed to fail: {clip_id}: {reason}" for clip_id, reason in report.result["failed"].items()])
     tell(f"Wrote {report.run}. Next: karmma evaluate {report.run}")
+    return Answer(vars(report))
 
 
-def _check_teacher(settings: Settings, n_clips: int) -> int:
-    """Say how far cached logits are from those of a live teacher on some clips; return the exit code."""
+def _check_teacher(settings: Settings, n_clips: int) -> Answer:
+    """Say how far cached logits are from those of a live teacher on some clips."""
     from .distill.live import check_teacher
 
     found = check_teacher(settings.table(), settings.data, settings.extract, settings.student, n_clips)
@@ -138,7 +195,7 @@ def _check_teacher(settings: Settings, n_clips: int) -> int:
     )
     if not found.is_near:
         tell("More than rounding: clips, or what reads them, have changed. Run karmma extract and train-teacher again.")
-    return 0 if found.is_near else DAMAGED
+    return Answer(vars(found), 0 if found.is_near else DAMAGED)
 
 
 def print_result(run: Path, result: dict[str, Any], was_there: bool) -> None:
@@ -152,43 +209,26 @@ def print_result(run: Path, result: dict[str, Any], was_there: bool) -> None:
     out.print(table)
 
 
-@app.command("check")
-@with_options("data")
-def check(
-    *,
-    settings: Settings,
-    write: Annotated[Path | None, typer.Option(help="write the table as read, as .csv or .parquet")] = None,
-    only_good: Annotated[bool, typer.Option(help="write only clips with nothing wrong")] = False,
-) -> None:
-    """List every bad row of the clip table, and every clip whose files are not there or too short."""
-    from .data.check import check_clips
-
-    table, bad = read_rows(settings.data, settings.data.heads)
-    tell_some(table.notes)
-    with watched("check", table.n_clips, "clips") as progress:
-        bad += check_clips(table, settings.data, progress.advance)
-    for row in bad:
-        out.print(str(row), soft_wrap=True, markup=False, highlight=False)
-    wrong = {row.clip_id for row in bad}
-    if write is not None:
-        kept = [clip_id not in wrong or not only_good for clip_id in table.clip_ids.tolist()]
-        table.kept(np.array(kept)).write(write)
-        tell(f"Wrote {write}; its paths start at {table.folder}.")
-    splits = ", ".join(f"{len(table.rows(split))} {split}" for split in SPLITS)
-    tell(f"{table.n_clips} clips ({splits}), {len(wrong)} with something wrong.")
-    raise typer.Exit(SOME_FAILED if bad else 0)
-
-
 @app.command("demo")
-def demo() -> None:
-    """Run the whole pipeline on the embedded sample data, in ./karmma-sample, ./cache and ./runs."""
+@with_flags
+def demo(*, dry_run: bool) -> Answer:
+    """Run the whole pipeline on the embedded sample data, in ./karmma-sample, ./cache and ./runs.
+
+    \b
+    Examples:
+      karmma demo
+    """
+    commands = ("extract", "train-teacher", "distill", "evaluate", "report")
+    if dry_run:
+        return would(f"Would run {', '.join(commands)} on the sample data", commands=commands)
     settings = sample_data()
-    for command in ("extract", "train-teacher", "distill", "evaluate", "report"):
+    for command in commands:
         tell("")
         tell(f"$ karmma {command}")
         code = app([command, "--config", str(settings)], standalone_mode=False)
         if code:
             raise typer.Exit(code)
+    return Answer({"commands": commands, "settings": settings})
 
 
 class LogHandler(logging.Handler):
@@ -209,6 +249,12 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(MMAP_THRESHOLD, 1 << 30)
         mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _again(words: Sequence[str]) -> str:
+    """Return the command that goes on with an interrupted one."""
+    resumed = ["--resume"] if {"train-teacher", "distill"} & {*words} and "--resume" not in words else []
+    return shlex.join(["karmma", *words, *resumed])
 
 
 def main() -> None:
@@ -232,5 +278,5 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:
-            tell("Interrupted. What was finished is kept; give the command again to go on.")
+            tell(f"Interrupted. What was finished is kept. To go on: {_again(sys.argv[1:])}")
         raise

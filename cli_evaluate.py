@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .cli_options import SOME_FAILED, Settings, distinct, out, run_table, tell, tell_some, with_options
+from .cli_options import SOME_FAILED, Answer, Settings, distinct, out, run_table, tell, tell_some, with_options, would
 from .data.errors import ConfigError
 from .data.runs import RunFolder, latest_run
 from .distill.results import ACTION, Asked, Evaluation
-from .distill.stage import Evaluated, submit
+from .distill.stage import Evaluated, evaluated_before, evaluation_files, submit
 from .distill.stage import evaluate as evaluate_run
 
 if TYPE_CHECKING:
@@ -33,33 +33,52 @@ def evaluate(
     sls: Annotated[str, typer.Option(help="the challenge's levels of pretraining, labels and training data")] = "2,3,3",
     readers: Annotated[int, typer.Option(min=1, help="processes that read clips")] = 2,
     device: Annotated[str, typer.Option(help="torch device")] = "auto",
-) -> None:
+) -> Answer:
     """Print accuracy by head and action for every subset of modalities; write CSV, JSON and LaTeX.
 
     Also: splits of participants and rare classes, calibration, missing rates, classes and their confusion.
     Several runs stand side by side; those that differ in their seed alone are averaged.
+
+    \b
+    Examples:
+      karmma evaluate
+      karmma evaluate runs/student-* --split val
+      karmma evaluate runs/student-1a2b3c4d --challenge submission.zip
     """
     runs = distinct([RunFolder.open(folder) for folder in folders or []])
     runs = runs or [latest_run(settings.data.runs, "student")]
     asked = Asked(split, views, draws, readers, device, settings.data.flow_weights)
+    if challenge is not None and len(runs) > 1:
+        raise typer.BadParameter("A submission is of one run: name one, or leave out --challenge.")
+    if settings.dry_run:
+        return _would(settings, runs, asked, challenge)
     if challenge is not None:
-        if len(runs) > 1:
-            raise typer.BadParameter("A submission is of one run: name one, or leave out --challenge.")
         failed = submit(runs[0], run_table(settings, runs[0]), settings.data.cache, asked, challenge, _levels(sls))
-        _end(f"Wrote {challenge}.", failed)
+        tell_some([f"failed: {clip_id}: {reason}" for clip_id, reason in failed.items()])
+        tell(f"Wrote {challenge}.")
+        return Answer({"files": [challenge], "failed": failed}, SOME_FAILED if failed else 0)
     found = [evaluate_run(run, run_table(settings, run), settings.data.cache, asked) for run in runs]
     if len(found) == 1:
         _show(found[0])
     else:
         _show_together(found, settings.data.runs / f"comparison-{asked.stem}")
     failed = {clip_id: reason for each in found for clip_id, reason in each.evaluation.failed.items()}
-    _end("Results: " + ", ".join(str(path) for each in found for path in each.files), failed)
-
-
-def _end(said: str, failed: dict[str, str]) -> None:
     tell_some([f"failed: {clip_id}: {reason}" for clip_id, reason in failed.items()])
-    tell(said)
-    raise typer.Exit(SOME_FAILED if failed else 0)
+    tell("Results: " + ", ".join(str(path) for each in found for path in each.files))
+    tell(f"Next: karmma report {' '.join(str(run.path) for run in runs)}")
+    said = [{"run": run.path, **vars(each)} for run, each in zip(runs, found, strict=True)]
+    return Answer({"runs": said}, SOME_FAILED if failed else 0)
+
+
+def _would(settings: Settings, runs: list[RunFolder], asked: Asked, challenge: Path | None) -> Answer:
+    """Say which runs would be evaluated, and into which files."""
+    if challenge is not None:
+        return would(f"Would write {challenge} of {runs[0].path}", files=[challenge])
+    due = [run for run in runs if evaluated_before(run, run_table(settings, run), asked)[0] is None]
+    files = [path for run in due for path in evaluation_files(run, asked)]
+    names = ", ".join(str(run.path) for run in due)
+    what = f"Would evaluate {names} on {asked.split}" if due else "Nothing to do: all was evaluated already"
+    return would(what, runs=[run.path for run in due], files=files)
 
 
 def _levels(text: str) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .cli_options import Settings, out, tell, with_options
+from .cli_options import Answer, Settings, out, tell, with_options, would
 from .data.runs import RunFolder, latest_run
 
 
@@ -22,18 +22,27 @@ def export(
         Path | None, typer.Option(help="file or folder (default: student.pt2, student.onnx or hub in the run)")
     ] = None,
     licence: Annotated[str | None, typer.Option("--license", help="of the weights, for the model card of hub")] = None,
-) -> None:
-    """Export a student that takes any subset of its modalities, and check it against the student."""
+) -> Answer:
+    """Export a student that takes any subset of its modalities, and check it against the student.
+
+    \b
+    Examples:
+      karmma export
+      karmma export runs/student-1a2b3c4d --format onnx --output student.onnx
+      karmma export runs/student-1a2b3c4d --format hub --license cc-by-nc-4.0
+    """
     if licence and kind != "hub":
         raise typer.BadParameter("--license goes into a model card: it needs --format hub.")
     folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
     tell(f"Run: {folder.path}")
+    if settings.dry_run:
+        return would(f"Would export {folder.path} as {kind} to {output or folder.path}", run=folder.path)
     if kind == "hub":
         from .distill.hub import save_student
 
         path = save_student(folder, output, licence)
         tell(f"Wrote {path}: model.safetensors, config.json and README.md, the model card.")
-        return
+        return Answer({"run": folder.path, "path": path})
     from .distill.export import export_student
 
     report = export_student(folder, kind, output)
@@ -48,3 +57,4 @@ def export(
         highlight=False,
     )
     tell(f"Inputs, outputs and classes: {report.about}")
+    return Answer({"run": folder.path, "bytes": report.path.stat().st_size, **vars(report)})

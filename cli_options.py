@@ -1,9 +1,14 @@
-"""What the commands share: messages, and settings from files and from options that the config models imply."""
+"""What the commands share: messages, answers, and settings from files and from options that the config models imply."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import json
+import math
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -12,10 +17,11 @@ from .data.annotations import ClipTable
 from .data.clips import read_clips
 from .data.config import DataConfig, StageConfig
 from .data.errors import RunError, printable
+from .data.modality import MODALITIES
 from .data.progress import IS_SILENT, watched
 from .data.runs import RunFolder
 from .data.sample import write_sample
-from .data.settings import assigned, read_preset, read_toml, resolve, rooted, write_toml
+from .data.settings import PRESETS, assigned, read_preset, read_toml, resolve, rooted, write_toml
 from .distill.config import StudentConfig
 from .extract.config import ExtractConfig
 from .fuse.config import SweepConfig, TeacherConfig
@@ -52,12 +58,86 @@ def tell_some(lines: Sequence[str]) -> None:
         tell(f"and {len(lines) - 10} more")
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came of a command: the JSON value that --json prints, where others see tables, and the exit code."""
+
+    said: Mapping[str, Any]
+    code: int = 0
+
+
+def would(what: str, **facts: Any) -> Answer:
+    """Answer --dry-run: say what a command would do, or that there is nothing to do."""
+    tell(f"{what} (--dry-run: nothing was done)")
+    return Answer({"dry_run": True, "would": what, **facts})
+
+
+def with_flags(command: Callable[..., Answer]) -> Callable[..., None]:
+    """Give a command --json, --dry-run and --debug; it is called with `dry_run` and its own parameters."""
+    own = [p for name, p in inspect.signature(command).parameters.items() if name != "dry_run"]
+    parameters = [*own, *inspect.signature(_flags).parameters.values()]
+
+    def run(as_json: bool, debug: bool, **given: Any) -> None:
+        was_quiet, out.quiet = out.quiet, out.quiet or as_json
+        try:
+            answer = command(**given)
+        except Exception as error:
+            if debug:
+                loud.print("".join(traceback.format_exception(error)), soft_wrap=True, markup=False)
+            raise
+        finally:
+            out.quiet = was_quiet
+        if as_json and not out.quiet:
+            typer.echo(json.dumps(_plain(answer.said), ensure_ascii=False, allow_nan=False))
+        if answer.code:
+            raise typer.Exit(answer.code)
+
+    _imitate(run, command, parameters)
+    return run
+
+
+def _flags(
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON value instead of tables")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show where in the program an error came from")] = False,
+) -> None:
+    """Carry the flags that every command has."""
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it: records as objects, paths as text, and None for what is no number."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {each.name: getattr(value, each.name) for each in dataclass_fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _imitate(run: Callable, command: Callable, parameters: Sequence[inspect.Parameter]) -> None:
+    """Show a wrapper to typer as the command, with other parameters."""
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+
+
 class Settings:
-    """The resolved sections of a command, and where they came from."""
+    """The resolved sections of a command; dry_run: it may write nothing, but for the sample data that it looks at."""
 
     def __init__(
-        self, config: Path | None, preset: str | None, assignments: list[str], options: dict, needs_clips: bool
+        self,
+        config: Path | None,
+        preset: str | None,
+        assignments: list[str],
+        options: dict,
+        needs_clips: bool,
+        dry_run: bool = False,
     ) -> None:
+        self.dry_run = dry_run
         config = config or (Path("karmma.toml") if Path("karmma.toml").exists() else None)
         if config is None and "table" not in options.get("data", {}) and (needs_clips or _sample_settings().exists()):
             config = sample_data()
@@ -99,7 +179,7 @@ def sample_data() -> Path:
 
 
 def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable], Callable]:
-    """Give a command `--config`, `--preset`, `--set` and one option for every plain field of its sections.
+    """Give a command `--config`, `--preset`, `--set`, one option for every plain field of its sections, and its flags.
 
     places: 'section' or 'section.field'.  needs_clips: without settings, work on the sample data.
 
@@ -107,7 +187,7 @@ def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable],
     one, the stage's own.
     """
 
-    def decorate(command: Callable) -> Callable:
+    def decorate(command: Callable[..., Answer]) -> Callable[..., None]:
         fields: dict[str, tuple[str, Any]] = {}
         for section, _, only in (place.partition(".") for place in places):
             known = SECTIONS[section].model_fields
@@ -116,8 +196,8 @@ def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable],
         general = inspect.signature(_general).parameters.values()
         derived = [_option(name, info) for name, (_, info) in fields.items() if _is_plain(info.annotation)]
 
-        def run(**given: Any) -> Any:
-            settings = {name: given.pop(name) for name in ("config", "preset", "assignments")}
+        def run(**given: Any) -> Answer:
+            settings = {name: given.pop(name) for name in ("config", "preset", "assignments", "dry_run")}
             options: dict[str, dict[str, Any]] = {}
             for parameter in derived:
                 value = given.pop(parameter.name)
@@ -126,18 +206,21 @@ def with_options(*places: str, needs_clips: bool = True) -> Callable[[Callable],
                     options.setdefault(fields[parameter.name][0], {})[parameter.name] = text
             return command(settings=Settings(options=options, needs_clips=needs_clips, **settings), **given)
 
-        run.__signature__ = inspect.Signature([*own, *general, *derived])
-        run.__annotations__ = {p.name: p.annotation for p in [*own, *general, *derived]}
-        run.__doc__, run.__name__ = command.__doc__, command.__name__
-        return run
+        _imitate(run, command, [*own, *general, *derived])
+        return with_flags(run)
 
     return decorate
+
+
+def _one_of(words: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return what completes the beginning of a word on the command line."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 def _general(
     *,
     config: Annotated[Path | None, typer.Option(help="settings file (default ./karmma.toml)")] = None,
-    preset: Annotated[str | None, typer.Option(help="tiny or paper")] = None,
+    preset: Annotated[str | None, typer.Option(help="tiny or paper", autocompletion=_one_of(PRESETS))] = None,
     assignments: Annotated[list[str], typer.Option("--set", help="section.field=value, for any setting")] = [],  # noqa: B006
 ) -> None:
     """Carry the options that every command has."""
@@ -154,7 +237,11 @@ def _option(name: str, info: Any) -> inspect.Parameter:
     kind: Any = bool if info.annotation is bool else list[str] if name == "modalities" else str
     flag = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     told = f"{info.description} (default {info.default}; {info.json_schema_extra['source']})"
-    annotation = Annotated[kind | None, typer.Option(flag, help=told, show_default=False)]
+    words = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+    words = MODALITIES if name == "modalities" else words
+    annotation = Annotated[
+        kind | None, typer.Option(flag, help=told, show_default=False, autocompletion=_one_of(words) if words else None)
+    ]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

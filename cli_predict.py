@@ -1,6 +1,5 @@
 """`karmma predict`: classes of raw files, timelines of long ones, and videos with the predictions drawn in."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import SOME_FAILED, Settings, out, tell, tell_some, with_options
+from .cli_options import SOME_FAILED, Answer, Settings, out, tell, tell_some, with_options, would
 from .data.config import DataConfig
 from .data.errors import ConfigError, MediaError, printable
 from .data.modality import letters
@@ -39,7 +38,6 @@ def predict(
         list[str] | None, typer.Option("--modalities", "--modality", help="use only these, commas between them")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="classes of each head to show")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON value, not a table")] = False,
     window: Annotated[float | None, typer.Option(help="seconds: predict window by window")] = None,
     stride: Annotated[float | None, typer.Option(help="seconds from window to window (default: --window)")] = None,
     csv: Annotated[Path | None, typer.Option(help="CSV to write (default with --window: FILE_timeline.csv)")] = None,
@@ -55,8 +53,15 @@ def predict(
     readers: Annotated[int, typer.Option(min=1, help="processes that read files")] = 2,
     batch_size: Annotated[int, typer.Option(min=1, help="clips at a time")] = 8,
     device: Annotated[str, typer.Option(help="torch device")] = "auto",
-) -> None:
-    """Predict the classes of raw files, from whatever modalities they have."""
+) -> Answer:
+    """Predict the classes of raw files, from whatever modalities they have.
+
+    \b
+    Examples:
+      karmma predict clip.mp4
+      karmma predict folder --run runs/student-1a2b3c4d --modality audio --json
+      karmma predict day.mp4 --window 2 --stride 1 --video captioned.mp4
+    """
     sources = {name: path for name, path in (("audio", audio), ("flow", flow), ("detections", detections)) if path}
     asked = _Asked(named, sources, window, stride, csv, video)
     folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
@@ -66,20 +71,18 @@ def predict(
     chosen = predictor.known(",".join(modalities) if modalities else None)
     tell(f"Run: {folder.path}")
     clips = asked.clips(predictor, settings.data, said)
+    if settings.dry_run:
+        said.tell_failures()
+        return would(f"Would predict {len(clips)} clips with {folder.path}", clips=len(clips), failed=said.failed)
     how = {"allow_failures": allow_failures, "readers": readers, "batch_size": batch_size}
     with watched("predict", len(clips), "clips") as progress:
         said.take(predictor.predict_all(clips, chosen, count=progress.advance, **how))
     said.require_some()
-    if as_json:
-        records = {
-            "predictions": [one.record(top) for one in said.good],
-            "failed": [one.record() for one in said.failed],
-        }
-        typer.echo(json.dumps({"run": str(folder.path), **records}, ensure_ascii=False, indent=1))
-    else:
-        _print(said.good, top, SHOWN if window else len(said.good))
+    _print(said.good, top, SHOWN if window else len(said.good))
     is_drawn = asked.write(clips, said, top)
-    raise typer.Exit(SOME_FAILED if said.tell_failures() or not is_drawn else 0)
+    is_whole = not said.tell_failures() and is_drawn
+    records = {"predictions": [one.record(top) for one in said.good], "failed": [one.record() for one in said.failed]}
+    return Answer({"run": folder.path, **records}, 0 if is_whole else SOME_FAILED)
 
 
 @dataclass

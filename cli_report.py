@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import SOME_FAILED, Settings, distinct, out, run_table, tell, with_options
+from .cli_options import SOME_FAILED, Answer, Settings, distinct, out, run_table, tell, with_options, would
 from .data.errors import ConfigError, RunError, cause
 from .data.progress import watched
 from .data.runs import RunFolder, latest_run
@@ -42,33 +42,44 @@ def report(
     ] = None,
     device: Annotated[str, typer.Option(help="torch device to measure on")] = "auto",
     into: Annotated[Path | None, typer.Option(help="folder for the files (default: the runs folder)")] = None,
-) -> None:
-    """Write one HTML page about runs, evaluated if they are not yet; or what models cost, with --efficiency."""
+) -> Answer:
+    """Write one HTML page about runs, evaluated if they are not yet; or what models cost, with --efficiency.
+
+    \b
+    Examples:
+      karmma report
+      karmma report runs/student-* --split val --into page
+      karmma report --efficiency --repeats 0
+    """
     if not efficiency:
         runs = distinct([RunFolder.open(folder) for folder in folders or []])
         runs = runs or [latest_run(settings.data.runs, "student")]
-        _write_page(
-            settings,
-            runs,
-            Asked(split, draws=None, device=device, flow_weights=settings.data.flow_weights),
-            repeats or 0,
-            _folder(into) if into else None,
-        )
-        return
+        page = _page(settings, runs, split, into)
+        if settings.dry_run:
+            return would(f"Would write {page}", files=[page])
+        asked = Asked(split, draws=None, device=device, flow_weights=settings.data.flow_weights)
+        if into:
+            _folder(into)
+        return _write_page(settings, runs, asked, repeats or 0, page)
     repeats = 3 if repeats is None else repeats
     from .distill.blueprint import run_blueprint
     from .distill.efficiency_report import write_efficiency
 
     if folders and classes:
         raise typer.BadParameter("Runs have classes of their own: leave out --classes, or the runs.")
-    where = _folder(into or settings.data.runs)
+    where = into or settings.data.runs
+    if settings.dry_run:
+        return would(f"Would write what models cost into {where}", files=[where])
+    _folder(where)
     thetas = [_theta(text) for text in theta]
     blueprints = [run_blueprint(RunFolder.open(run), settings.extract) for run in folders or []]
     blueprints = blueprints or _configured(settings, classes)
     found = _costs(blueprints, thetas, device, repeats)
     for model in found:
         _print(model)
-    tell("Wrote " + ", ".join(str(path) for path in write_efficiency(found, where)))
+    files = write_efficiency(found, where)
+    tell("Wrote " + ", ".join(str(path) for path in files))
+    return Answer({"models": found, "files": files})
 
 
 def _costs(blueprints: list["Blueprint"], thetas: list[int | None], device: str, repeats: int) -> list["Efficiency"]:
@@ -86,8 +97,14 @@ def _costs(blueprints: list["Blueprint"], thetas: list[int | None], device: str,
         return [measure(blueprint, model, on, repeats, progress.advance) for blueprint, model in pairs]
 
 
-def _write_page(settings: Settings, runs: list[RunFolder], asked: Asked, repeats: int, into: Path | None) -> None:
-    """Write the page of one run into its folder, of several beside them."""
+def _page(settings: Settings, runs: list[RunFolder], split: str, into: Path | None) -> Path:
+    """Return where the page goes: of one run into its folder, of several beside them."""
+    folder = into or (settings.data.runs if len(runs) > 1 else runs[0].path / "evaluation")
+    return folder / (f"report-{split}.html" if len(runs) > 1 else f"{split}.html")
+
+
+def _write_page(settings: Settings, runs: list[RunFolder], asked: Asked, repeats: int, page: Path) -> Answer:
+    """Write the page of runs, and evaluate those that are not yet."""
     from .distill.blueprint import run_blueprint
     from .distill.evaluate import predict_run
     from .distill.examples import examples
@@ -105,11 +122,9 @@ def _write_page(settings: Settings, runs: list[RunFolder], asked: Asked, repeats
             cost = None
         reported.append(Reported(run, evaluation, cost, examples(run, table, found)))
         failed += len(evaluation.failed)
-    name = f"report-{asked.split}.html" if len(runs) > 1 else f"{asked.split}.html"
-    folder = into or (settings.data.runs if len(runs) > 1 else runs[0].path / "evaluation")
-    write_report(reported, folder / name)
-    tell(f"Wrote {folder / name}")
-    raise typer.Exit(SOME_FAILED if failed else 0)
+    write_report(reported, page)
+    tell(f"Wrote {page}. Next: open it in a browser, or karmma predict FILE --run {runs[0].path}")
+    return Answer({"runs": [run.path for run in runs], "files": [page]}, SOME_FAILED if failed else 0)
 
 
 def _configured(settings: Settings, classes: list[str] | None) -> list["Blueprint"]:
@@ -133,13 +148,12 @@ def _configured(settings: Settings, classes: list[str] | None) -> list["Blueprin
     ]
 
 
-def _folder(path: Path) -> Path:
-    """Return a folder that is there now: nobody wants to hear after minutes that it cannot be."""
+def _folder(path: Path) -> None:
+    """Make a folder now: nobody wants to hear after minutes that it cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path}: {cause(error)}. Name a folder that can be written with --into.") from None
-    return path
 
 
 def _theta(text: str) -> int | None:

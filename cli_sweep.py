@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .cli_options import Settings, out, tell, with_options
+from .cli_options import Answer, Settings, out, tell, with_options, would
 from .data.errors import ConfigError
 from .fuse.space import option
-from .fuse.sweep import sweep_teacher
+from .fuse.sweep import plan_sweep, sweep_teacher
 
 SHOWN = 10
 
@@ -21,8 +21,15 @@ def sweep(
     ] = [],  # noqa: B006
     *,
     settings: Settings,
-) -> None:
-    """Train many teachers from the cache under settings that vary; end with a table, a plot and the best settings."""
+) -> Answer:
+    """Train many teachers from the cache under settings that vary; end with a table, a plot and the best settings.
+
+    \b
+    Examples:
+      karmma sweep max_lr=1e-4..1e-2,log
+      karmma sweep alpha=0.5,0.7,0.9 modality=video+audio,video --workers 4
+      karmma sweep max_lr=1e-4..1e-2,log --sampler tpe --trials 50
+    """
     space: dict[str, str] = {}
     for text in varied:
         name, equals, values = text.partition("=")
@@ -31,6 +38,10 @@ def sweep(
         space[option(name)] = values
     written = {name: values for name, values in settings.sweep.space.items() if option(name) not in space}
     asked = settings.sweep.model_copy(update={"space": written | space})
+    if settings.dry_run:
+        plan = plan_sweep(settings.table(), settings.data, settings.teacher, asked)
+        what = f"Would train {plan.n_trials} teachers that differ in {', '.join(asked.space)} in {plan.folder}"
+        return would(what, folder=plan.folder, trials=plan.n_trials)
     report = sweep_teacher(settings.table(), settings.data, settings.teacher, asked)
     from .fuse.sweep_report import n_epochs  # the library of studies, which no other command waits for
 
@@ -49,6 +60,11 @@ def sweep(
         tell(f"trial {trial.number} failed: {trial.user_attrs['reason']}")
     tell(f"All trials: {', '.join(str(file) for file in report.files)}")
     tell(f"Wrote {best}. Next: karmma train-teacher --config {best}")
+    trials = [
+        {"number": each.number, "state": each.state.name.lower(), "value": each.value, **each.params}
+        for each in report.trials
+    ]
+    return Answer({"folder": report.folder, "best": best, "trials": trials, "files": report.files})
 
 
 def _short(value: str | float) -> str:

@@ -91,9 +91,11 @@ class Cache:
 
         A clip whose source or times changed keeps its row; its shards are then found stale by their receipts.
         """
-        return self.add_rows(
-            table.clip_ids.tolist(), [json.dumps(sources) for sources in table.slice_sources()], table.snapshot()
-        )
+        return self.add_rows(*_remembered(table))
+
+    def foresee_clips(self, table: ClipTable) -> None:
+        """Do as `add_clips` in memory alone."""
+        self._taken(*_remembered(table))
 
     def add_rows(self, clip_ids: list[str], sources: list[str], labels: list[str]) -> list[str]:
         """Do as `add_clips` for clips given as what the cache remembers of them."""
@@ -271,6 +273,10 @@ class Cache:
                 f"allow them with --allow-failures {len(failures)}."
             )
         return failures
+
+
+def _remembered(table: ClipTable) -> tuple[list[str], list[str], list[str]]:  # ids, sources and times, labels
+    return table.clip_ids.tolist(), [json.dumps(sources) for sources in table.slice_sources()], table.snapshot()
 
 
 def has_cache(path: Path | str) -> bool:

@@ -1,6 +1,7 @@
-"""Checking a clip table against the files it names: every bad row with its reason, before any long work begins."""
+"""Checking clips against the files that the table names: bad rows, missing files, frames that cannot be decoded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,9 +12,15 @@ from .clips import BadRow
 from .config import DataConfig
 from .errors import MediaError
 from .media import located, matches
+from .modality import FAILED
 from .packs import split_pack
 from .places import exists
 from .raw import open_film
+from .readers import ReaderPool
+
+# Of the data sets of the field, and of what cameras and phones write.
+CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg", "aac", "opus", "vorbis", "mp3", "flac", "pcm_s16le")
+AT_A_TIME = 64  # clips whose frames are asked for at once
 
 
 def check_clips(table: ClipTable, data: DataConfig, count: Callable[[int], None] = lambda n: None) -> list[BadRow]:
@@ -78,3 +85,48 @@ def _length(path: Path, fps: float | None) -> tuple[float, float] | str:
             return film.stated_s, film.frame_s
     except MediaError as error:
         return str(error)
+
+
+def unreadable_frames(
+    table: ClipTable, rows: np.ndarray, data: DataConfig, n_readers: int, count: Callable[[int], None] = lambda n: None
+) -> dict[str, str]:
+    """Decode the first, the middle and the last frame of some clips; return clip id -> why one of them cannot be.
+
+    rows: of the table.  Decoded are video, or released flow, whichever the modalities need; by reader processes, so
+    that a codec library that crashes fails its clip alone.
+    """
+    is_released = data.flow_method == "released"
+    wanted = {"flow" if m == "flow" and is_released else "video" for m in data.modalities if m != "detections"}
+    small = data.model_copy(update={"frames": 2, "modalities": tuple(sorted(wanted))})
+    length, failed = lru_cache(maxsize=256)(_length), {}
+    with ReaderPool(n_readers, small) as readers:
+        for part in np.array_split(rows, -(-len(rows) // AT_A_TIME)) if len(rows) and wanted else ():
+            moments = []
+            for clip in map(table.clip, part.tolist()):
+                found = length(clip.video, clip.rates.get("video"))
+                if isinstance(found, str):
+                    failed[clip.clip_id] = found
+                else:
+                    moments += _moments(clip, *found)
+            futures = readers.submit([(moment, 0, small.modalities) for moment in moments])
+            for moment, future in zip(moments, futures, strict=True):
+                for name, reading in future.result().items():
+                    if reading.state == FAILED:
+                        failed.setdefault(moment.clip_id, f"{name} from {moment.start_s:.3f} s on: {reading.reason}")
+            count(len(part))
+    return failed
+
+
+def _moments(clip: Clip, end_s: float, lasts: float) -> list[Clip]:
+    """Return the spans of a clip's first, middle and last frame; none if it starts behind the end of its video."""
+    stop_s = min(end_s, clip.stop_s or end_s)
+    last_s = max(clip.start_s, stop_s - lasts)
+    starts = dict.fromkeys((clip.start_s, (clip.start_s + last_s) / 2, last_s))
+    return [replace(clip, start_s=start, stop_s=min(start + lasts, stop_s)) for start in starts if start < stop_s]
+
+
+def missing_codecs() -> list[str]:
+    """Return what of the usual codecs FFmpeg, as it is installed here, does not decode."""
+    import av
+
+    return [name for name in CODECS if name not in av.codecs_available]

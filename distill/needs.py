@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
+from ..data.annotations import ClipTable
 from ..data.config import DataConfig
 from ..extract.config import ExtractConfig
 from ..fuse.config import TeacherConfig
@@ -25,6 +27,12 @@ class DataSet:
     n_other: int
     modalities: tuple[str, ...]
     n_classes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, table: ClipTable, data: DataConfig) -> Self:
+        """Return the numbers of a clip table of one's own."""
+        n_train, n_classes = len(table.rows("train")), {head: len(table.classes(head)) for head in data.heads}
+        return cls(str(table.path), n_train, table.n_clips - n_train, data.modalities, n_classes)
 
 
 # Rows of the official annotation files.  Ego4D has no list of action segments for all of it: its 3,670 hours (Grauman

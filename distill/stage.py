@@ -49,22 +49,39 @@ def distill_student(table: ClipTable, data: DataConfig, config: StudentConfig) -
     Raises CacheError if the teacher is missing or ambiguous, StaleCacheError if it saw other inputs or classes,
     IncompleteCacheError if a training clip has no logits.
     """
-    require_labels(table, data.heads)
-    cache = Cache.open(data.cache) if config.teacher != NO_TEACHER or has_cache(data.cache) else None
-    teacher = find_teacher(cache, table, data, config)
-    described = describe_run(table, data, config, teacher)
-    run = RunFolder(data.runs / f"student-{digest(described)[:8]}")
-    modalities = config.modalities or data.modalities
-    was_there = run.is_finished
+    plan = plan_student(table, data, config)
+    run, was_there = plan.run, plan.run.is_finished
     if not was_there:
         from ..fuse.ranks import joined
         from ..fuse.training import prepare
         from .distillation import Distillation
 
-        known = known_present(cache, table, data, config)
-        with joined(prepare(config)) as device, Distillation(table, data, config, teacher, known, device) as course:
-            course.train(run, described)
-    return StudentReport(run.path, teacher.digest, modalities, run.result, was_there)
+        known = known_present(plan.cache, table, data, config)
+        with (
+            joined(prepare(config)) as device,
+            Distillation(table, data, config, plan.teacher, known, device) as course,
+        ):
+            course.train(run, plan.described)
+    return StudentReport(run.path, plan.teacher.digest, config.modalities or data.modalities, run.result, was_there)
+
+
+@dataclass(frozen=True)
+class StudentPlan:
+    """A training that could begin: beside which teacher, into which run folder; described: all that decides it."""
+
+    cache: Cache | None
+    teacher: CachedTeacher
+    described: dict[str, Any]
+    run: RunFolder
+
+
+def plan_student(table: ClipTable, data: DataConfig, config: StudentConfig) -> StudentPlan:
+    """Return what `distill_student` would do, and raise what it would raise before it begins; nothing is written."""
+    require_labels(table, data.heads)
+    cache = Cache.open(data.cache) if config.teacher != NO_TEACHER or has_cache(data.cache) else None
+    teacher = find_teacher(cache, table, data, config)
+    described = describe_run(table, data, config, teacher)
+    return StudentPlan(cache, teacher, described, RunFolder(data.runs / f"student-{digest(described)[:8]}"))
 
 
 def describe_run(table: ClipTable, data: DataConfig, config: StudentConfig, teacher: CachedTeacher) -> dict[str, Any]:
@@ -103,14 +120,9 @@ def evaluate(
     cache: where a teacher's tokens are.  found: the run's predictions, where they are at hand.
     Raises as `predict_run` and `judge`.
     """
-    stem = run.path / "evaluation" / asked.stem
-    lists = [sorted(table.unseen), {head: sorted(names) for head, names in table.tail.items()}]
-    made_from = digest([FORMAT, run.config, run.result, table.content_digest(), lists, asked.views])
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("csv", "tex", "json")]
-    evaluation = Evaluation.read(files[-1], made_from, asked.draws)
-    # Clips that failed are looked at again: they may have been mended.
-    was_there = evaluation is not None and not evaluation.failed and all(file.exists() for file in files)
-    if not was_there:
+    evaluation, made_from = evaluated_before(run, table, asked)
+    was_there, files = evaluation is not None, evaluation_files(run, asked)
+    if evaluation is None:
         from .compare import compare, latex
         from .evaluate import predict_run
         from .scores import judge
@@ -119,8 +131,24 @@ def evaluate(
             found = predict_run(run, table, cache, asked, predictions_path(run, asked))
         evaluation, confusion = judge(run, table, found, asked, made_from)
         publish(files[1], latex(compare([evaluation])).encode())
-        evaluation.write(stem, confusion)
+        evaluation.write(run.path / "evaluation" / asked.stem, confusion)
     return Evaluated(evaluation, files, was_there)
+
+
+def evaluated_before(run: RunFolder, table: ClipTable, asked: Asked) -> tuple[Evaluation | None, str]:
+    """Return what was written for exactly this, None if it has to be made, and the digest of all that decides it."""
+    lists = [sorted(table.unseen), {head: sorted(names) for head, names in table.tail.items()}]
+    made_from = digest([FORMAT, run.config, run.result, table.content_digest(), lists, asked.views])
+    files = evaluation_files(run, asked)
+    evaluation = Evaluation.read(files[-1], made_from, asked.draws)
+    # Clips that failed are looked at again: they may have been mended.
+    is_whole = evaluation is not None and not evaluation.failed and all(file.exists() for file in files)
+    return evaluation if is_whole else None, made_from
+
+
+def evaluation_files(run: RunFolder, asked: Asked) -> list[Path]:
+    """Return the files of an evaluation: rows, the table for LaTeX, and all of it as JSON."""
+    return [run.path / "evaluation" / f"{asked.stem}.{kind}" for kind in ("csv", "tex", "json")]
 
 
 def predictions_path(run: RunFolder, asked: Asked) -> Path:

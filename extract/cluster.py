@@ -17,12 +17,14 @@ from typing import Any, Self
 import dask
 import distributed
 from distributed.comm import CommClosedError
+from distributed.utils import LoopRunner
 
 from ..data.config import DataConfig
 from ..data.errors import ClusterError, one_line
 from ..data.places import is_local
 from ..data.plan import Order
 from ..data.settings import rooted_backbone
+from ..data.signals import deaf_to_interrupt
 from .config import BackboneConfig, ExtractConfig
 from .engine import Engine
 
@@ -53,16 +55,7 @@ class Cluster:
         quiet = {"distributed.scheduler.worker-ttl": None, "distributed.admin.tick.limit": "1h"}
         self._stack.enter_context(dask.config.set(quiet))
         try:
-            address = self.config.scheduler or self._stack.enter_context(
-                distributed.LocalCluster(
-                    self.config.workers,
-                    threads_per_worker=1,
-                    processes=True,
-                    dashboard_address=":0",
-                    silence_logs=logging.CRITICAL,
-                    env={"DASK_LOGGING__DISTRIBUTED": "critical"},
-                )
-            )
+            address = self.config.scheduler or self._stack.enter_context(self._local())
             self.client = self._stack.enter_context(distributed.Client(address, timeout=30))
             self.client.wait_for_workers(1, timeout=WORKERS_S)
         except (OSError, TimeoutError, ValueError) as error:
@@ -72,6 +65,22 @@ class Cluster:
                 "Start dask scheduler, and dask worker for it."
             ) from None
         return self
+
+    def _local(self) -> distributed.LocalCluster:
+        """Return a cluster of this machine, whose workers end with it and not by Ctrl-C."""
+        loop = LoopRunner()
+        with deaf_to_interrupt():
+            loop.start()
+        self._stack.callback(loop.stop)
+        return distributed.LocalCluster(
+            self.config.workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=":0",
+            silence_logs=logging.CRITICAL,
+            env={"DASK_LOGGING__DISTRIBUTED": "critical"},
+            loop=loop.loop,
+        )
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()

@@ -60,9 +60,7 @@ def extract_tokens(table: ClipTable, data: DataConfig, config: ExtractConfig) ->
     stores = open_stores(cache, data, config)
     tasks = {}
     for modality, store in stores.items():
-        plan = {"n_views": config.views, "shard_rows": config.shard_rows, "retry": config.retry_failed}
-        tasks |= plan_shards(cache, table, modality, store.path.stem, **plan)
-    tasks = {task: n for task, n in tasks.items() if _is_ours(task, config.part)}
+        tasks |= _due(cache, table, modality, store.path.stem, config)
     if tasks:
         report.n_written = _make(cache, table, tasks, data, config)
     cache.sweep()
@@ -73,6 +71,25 @@ def extract_tokens(table: ClipTable, data: DataConfig, config: ExtractConfig) ->
         report.failures[modality] = cache.failures(modality, name, table.clip_ids)
         report.agreement |= _agreement(cache, modality, name)
     return report
+
+
+def plan_extraction(table: ClipTable, data: DataConfig, config: ExtractConfig) -> dict[str, int]:
+    """Return how many (clip, view) pairs of each modality `extract_tokens` would make; nothing is written."""
+    cache, due = Cache(data.cache), {}
+    cache.foresee_clips(table)
+    for modality in data.modalities:
+        record, name = recorded_backbone(cache, backbone_request(modality, data, config)), "of a backbone never met"
+        if record:
+            name = digest(token_identity(modality, data, record["backbone"], config.theta, config.precision))
+        due[modality] = sum(_due(cache, table, modality, name, config).values())
+    return due
+
+
+def _due(cache: Cache, table: ClipTable, modality: str, name: str, config: ExtractConfig) -> dict[ShardTask, int]:
+    """Return the shards that this part of an extraction has to make."""
+    plan = {"n_views": config.views, "shard_rows": config.shard_rows, "retry": config.retry_failed}
+    tasks = plan_shards(cache, table, modality, name, **plan)
+    return {task: n for task, n in tasks.items() if _is_ours(task, config.part)}
 
 
 def open_stores(cache: Cache, data: DataConfig, config: ExtractConfig) -> dict[str, TokenStore]:

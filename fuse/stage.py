@@ -39,29 +39,53 @@ def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> 
     Raises IncompleteCacheError or StaleCacheError if the cache is not what `data` asks for, TableError if there is
     nothing to learn from.
     """
+    plan = plan_teacher(table, data, config)
+    cache, run = plan.cache, plan.run
+    if not plan.is_done:
+        from .ranks import joined
+        from .teacher import Teacher
+        from .training import prepare
+
+        with joined(prepare(config)) as device:
+            teacher = Teacher(cache, table, plan.selection, data, config, device)
+            # A finished run whose logits are gone (a cache made anew) need not be trained again.
+            if run.is_finished:
+                teacher.speak(run, plan.described)
+            else:
+                teacher.train(run, plan.described)
+    logits = cache.logits_path(run.result["teacher"])
+    return TeacherReport(run.path, logits, plan.modalities, run.result, plan.selection.left_out, plan.is_done)
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """A training that could begin: from what, into which run folder; described: all that decides its result."""
+
+    cache: Cache
+    selection: Selection
+    described: dict[str, Any]
+    run: RunFolder
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those to train on."""
+        return tuple(self.selection.stores)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run came to its end before, and its logits are in the cache."""
+        return self.run.is_finished and self.cache.logits_path(self.run.result["teacher"]).exists()
+
+
+def plan_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> TeacherPlan:
+    """Return what `train_teacher` would do, and raise what it would raise before it begins; nothing is written."""
     require_labels(table, data.heads)
     cache = Cache.open(data.cache)
     selection = usable_selection(cache, table, data, config)
     for modality, reason in selection.left_out.items():
         logger.warning("Left out %s: %s", modality, reason)
     described = describe_run(cache, table, data, config, selection)
-    run = RunFolder(data.runs / f"teacher-{digest(described)[:8]}")
-    was_there = run.is_finished and cache.logits_path(run.result["teacher"]).exists()
-    if not was_there:
-        from .ranks import joined
-        from .teacher import Teacher
-        from .training import prepare
-
-        with joined(prepare(config)) as device:
-            teacher = Teacher(cache, table, selection, data, config, device)
-            # A finished run whose logits are gone (a cache made anew) need not be trained again.
-            if run.is_finished:
-                teacher.speak(run, described)
-            else:
-                teacher.train(run, described)
-    result = run.result
-    logits = cache.logits_path(result["teacher"])
-    return TeacherReport(run.path, logits, tuple(selection.stores), result, selection.left_out, was_there)
+    return TeacherPlan(cache, selection, described, RunFolder(data.runs / f"teacher-{digest(described)[:8]}"))
 
 
 def usable_selection(cache: Cache, table: ClipTable, data: DataConfig, config: TeacherConfig) -> Selection:

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data.annotations import ClipTable
 from ..data.cache import Cache
@@ -17,6 +17,7 @@ from ..data.config import DataConfig, digest
 from ..data.errors import RunError
 from ..data.progress import Task, watched
 from ..data.publish import publish_json
+from ..data.signals import deaf_to_interrupt
 from .config import SweepConfig, TeacherConfig
 from .space import Space
 from .stage import describe_run, require_labels, require_theta, usable_selection
@@ -50,11 +51,9 @@ def sweep_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig, swe
     Raises ConfigError if the space does not fit, IncompleteCacheError or StaleCacheError if the cache is not what is
     asked for, RunError if no trial came to its end.
     """
-    if sweep.workers > 1 and not config.threads:  # part of what a result is, to the last bit
-        config = config.model_copy(update={"threads": max(1, (os.cpu_count() or 1) // sweep.workers)})
-    space = Space(sweep.space, data, config)
-    n_trials = _n_trials(space, sweep)
-    folder = _prepared(table, data, config, sweep, space)
+    plan = plan_sweep(table, data, config, sweep)
+    config, space, folder, n_trials = plan.config, plan.space, plan.folder, plan.n_trials
+    publish_json(folder / "config.json", plan.described)
 
     from .study import Study
     from .sweep_report import is_complete, ranked, write_results
@@ -71,15 +70,25 @@ def sweep_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig, swe
     return SweepReport(folder, [best, *others], space.settings(best.params), files)
 
 
-def _n_trials(space: Space, sweep: SweepConfig) -> int:
-    if sweep.sampler != "grid":
-        return sweep.trials or DEFAULT_TRIALS
-    n_cells = len(space.grid())
-    return min(sweep.trials or n_cells, n_cells)
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep that could begin: its folder, what it varies, the settings to start from, and how many trials it has.
+
+    described: all that decides its results but the number of trials.
+    """
+
+    folder: Path
+    space: Space
+    config: TeacherConfig
+    n_trials: int
+    described: dict[str, Any]
 
 
-def _prepared(table: ClipTable, data: DataConfig, config: TeacherConfig, sweep: SweepConfig, space: Space) -> Path:
-    """Refuse at once what no trial could do; return the sweep's folder, with its config."""
+def plan_sweep(table: ClipTable, data: DataConfig, config: TeacherConfig, sweep: SweepConfig) -> SweepPlan:
+    """Return what `sweep_teacher` would do, and raise at once for what no trial could do; nothing is written."""
+    if sweep.workers > 1 and not config.threads:  # part of what a result is, to the last bit
+        config = config.model_copy(update={"threads": max(1, (os.cpu_count() or 1) // sweep.workers)})
+    space = Space(sweep.space, data, config)
     require_labels(table, data.heads)
     cache = Cache.open(data.cache)
     selection = usable_selection(cache, table, data, config)
@@ -88,8 +97,14 @@ def _prepared(table: ClipTable, data: DataConfig, config: TeacherConfig, sweep: 
     described = describe_run(cache, table, data, config, selection)
     described |= {"kind": "sweep", "sweep": sweep.model_dump(mode="json", exclude={"trials", "workers", "together"})}
     folder = data.runs / f"sweep-{digest(described)[:8]}"
-    publish_json(folder / "config.json", described)
-    return folder
+    return SweepPlan(folder, space, config, _n_trials(space, sweep), described)
+
+
+def _n_trials(space: Space, sweep: SweepConfig) -> int:
+    if sweep.sampler != "grid":
+        return sweep.trials or DEFAULT_TRIALS
+    n_cells = len(space.grid())
+    return min(sweep.trials or n_cells, n_cells)
 
 
 def _run(work: "Work", study: "Study") -> None:
@@ -99,8 +114,9 @@ def _run(work: "Work", study: "Study") -> None:
     spawn = multiprocessing.get_context("spawn")
     places = range(work.sweep.workers)
     workers = [spawn.Process(target=be_worker, args=(work, at), name=f"worker {at}") for at in places]
-    for worker in workers:
-        worker.start()
+    with deaf_to_interrupt():
+        for worker in workers:
+            worker.start()
     try:
         before = _n_epochs(study.trials(), work)
         with watched("sweep", max(0, work.n_trials * work.config.epochs - before), "epochs") as shown:

@@ -58,7 +58,6 @@ class Work:
 def be_worker(work: Work, at: int) -> None:
     """Be worker number `at`, in a process of its own."""
     progress.silence()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep itself says when to stop
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     Thread(target=_end_with_parent, daemon=True).start()
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import xarray
 import zarr
-from karmma import cli, cli_cache, cli_options
+from karmma import cli, cli_options
 from karmma.data.cache import Cache
 from karmma.data.sample import write_sample
 from karmma.data.stores import LogitStore, TokenStore
@@ -72,8 +72,8 @@ def here(extracted, tmp_path, monkeypatch):
         shutil.copy(extracted / name, tmp_path)
     shutil.copytree(extracted / "cache", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    for module, name in ((cli_cache, "out"), (cli, "out"), (cli_options, "err")):
-        monkeypatch.setattr(module, name, cli_options.Console(stderr=name == "err", highlight=False, width=200))
+    for console in (cli_options.out, cli_options.err):
+        monkeypatch.setattr(console, "width", 200)
     return tmp_path
 
 

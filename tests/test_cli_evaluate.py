@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 from karmma import cli_evaluate
-from karmma.cli_options import Console
 from karmma.data.clips import read_clip_table
 from karmma.data.config import digest
 from karmma.data.runs import RunFolder
@@ -19,7 +18,7 @@ def evaluate(tmp_path, monkeypatch, give):
     """Run the command in a folder with a small table; return exit code, stdout and stderr."""
     (tmp_path / "t.csv").write_text("\n".join(["clip_id,video,split,verb,noun", *ROWS]) + "\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_evaluate, "out", Console(width=100))
+    monkeypatch.setattr(cli_evaluate.out, "width", 100)
 
     return partial(give, "evaluate", "--table", "t.csv")
 

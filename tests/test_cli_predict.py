@@ -25,7 +25,7 @@ def sample(tmp_path_factory):
 def predict(tmp_path, monkeypatch, give, student_run, sample):
     """Run the command in a folder with four films and the run; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_predict, "out", cli_options.Console(width=200))
+    monkeypatch.setattr(cli_predict.out, "width", 200)
     monkeypatch.setattr(cli_options, "err", cli_options.Console(stderr=True, highlight=False, emoji=False, width=200))
     shutil.copytree(student_run, tmp_path / "runs" / "student-tiny")
     shutil.copytree(sample / "videos", tmp_path / "films")

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 from karmma import cli_report
-from karmma.cli_options import Console
 
 
 @pytest.fixture
 def report(tmp_path, monkeypatch, give):
     """Run the command in an empty folder; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_report, "out", Console(width=200))
+    monkeypatch.setattr(cli_report.out, "width", 200)
 
     return partial(give, "report")
 

@@ -24,7 +24,8 @@ def main(teacher: str, path: Path) -> None:
     rows, found = cache.rows(table.clip_ids[train]), {}
     held = [store.has(rows, view) for view in range(store.n_views)]  # not of clips that failed
     for head in store.heads:
-        logits = torch.from_numpy(np.concatenate([store.values(head)[rows[has], view] for view, has in enumerate(held)]))
+        values = [store.values(head)[rows[has], view] for view, has in enumerate(held)]
+        logits = torch.from_numpy(np.concatenate(values))
         labels = torch.from_numpy(np.concatenate([table.labels(head)[train[has]] for has in held]))
         log_probs = logits.double().log_softmax(1)
         first, at = log_probs.exp().max(1)

@@ -290,7 +290,8 @@ def test_workers_end_with_the_command_that_started_them(slow_home):
     until(lambda: slow_home.receipts("c"))
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     code, said = ended(run)
-    assert (code, said[-1]) == (130, "Interrupted. What was finished is kept; give the command again to go on.")
+    again = "karmma extract --cache c --workers 2"
+    assert (code, said[-1]) == (130, f"Interrupted. What was finished is kept. To go on: {again}")
     run = slow_home.extract("--cache", "c", "--workers", "2")
     until(lambda: len(slow_home.receipts("c")) > 4)
     run.kill()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from karmma import cli, cli_cache, cli_options
+from karmma import cli, cli_options
 from karmma.data.runs import RunFolder
 from karmma.data.stores import LogitStore
 from karmma.fuse.config import TeacherConfig
@@ -56,7 +56,7 @@ def test_verify_says_how_far_logits_are_off(taught, monkeypatch, capsys, damaged
     made, report = taught
     if damaged:
         shifted(report)
-    monkeypatch.setattr(cli_cache, "out", cli_options.Console(width=200))
+    monkeypatch.setattr(cli_options.out, "width", 200)
     places = ("--cache", str(made.data.cache), "--runs", str(made.data.runs))
     monkeypatch.setattr("sys.argv", ["karmma", "cache", "verify", "--logits", "--sample", "24", *places])
     with pytest.raises(SystemExit) as ended:

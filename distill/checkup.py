@@ -1,0 +1,175 @@
+"""A checkup before one begins: environment, codecs, GPU, clips, frames, weights and disks, each with its next step."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from packaging.requirements import Requirement
+
+from ..data.annotations import ClipTable
+from ..data.check import check_clips, missing_codecs, unreadable_frames
+from ..data.clips import read_rows
+from ..data.config import DataConfig
+from ..data.device import has_bfloat16
+from ..data.errors import KarmmaError
+from ..data.places import is_address
+from ..data.progress import watched
+from ..extract.backbones import build_backbone, find_recipe
+from ..extract.config import BackboneConfig, ExtractConfig
+from ..fuse.config import TeacherConfig
+from ..fuse.stage import require_labels
+from .config import StudentConfig
+from .needs import DataSet, need
+
+SECTIONS = {"teacher": "extract", "student": "student"}
+SCARCE = 1.2  # a disk with less than so many times what is needed
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check came to; step: what to do next, empty where all is well."""
+
+    check: str
+    verdict: Literal["PASS", "WARN", "FAIL"]
+    found: str
+    step: str = ""
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """The settings that are looked at; n_clips: how many clips' frames are decoded, None for all."""
+
+    data: DataConfig
+    extract: ExtractConfig
+    teacher: TeacherConfig
+    student: StudentConfig
+    n_clips: int | None = None
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield one finding a check, cheap ones first."""
+        yield _environment()
+        yield _codecs()
+        yield _gpu()
+        if self.data.table is None:
+            yield Finding("clips", "WARN", "no clip table is named", "karmma init FOLDER, or add [data] table")
+        else:
+            yield from self._of_clips()
+        yield from self._weights()
+
+    def _of_clips(self) -> Iterator[Finding]:
+        """Yield what is found of the table, its files, their frames, and the disks that its tokens go to."""
+        try:
+            table, bad = read_rows(self.data)
+            require_labels(table, self.data.heads)
+        except KarmmaError as error:
+            yield Finding("table", "FAIL", str(error), "correct the table, then karmma doctor")
+            return
+        n_train = len(table.rows("train"))
+        classes = ", ".join(f"{len(table.classes(head))} of {head}" for head in self.data.heads)
+        yield _judged("table", [str(row) for row in bad], f"{table.n_clips} clips, {n_train} to train; {classes}")
+        with watched("files", table.n_clips, "clips") as progress:
+            wrong = check_clips(table, self.data, progress.advance)
+        yield _judged("files", [str(row) for row in wrong], f"of {table.n_clips} clips are there")
+        yield self._frames(table)
+        yield self._disk(table)
+
+    def _frames(self, table: ClipTable) -> Finding:
+        n_clips = min(self.n_clips or table.n_clips, table.n_clips)
+        rows = np.linspace(0, table.n_clips - 1, n_clips).round().astype(int)
+        with watched("frames", n_clips, "clips") as progress:
+            failed = unreadable_frames(table, rows, self.data, self.extract.readers, progress.advance)
+        lines = [f"{clip_id}: {reason}" for clip_id, reason in failed.items()]
+        return _judged("frames", lines, f"first, middle and last of {n_clips} clips decode")
+
+    def _disk(self, table: ClipTable) -> Finding:
+        """Hold what the cache will take against what is free where it goes."""
+        cache = self.data.cache
+        if is_address(cache):
+            return Finding("disk", "PASS", f"{cache} is an object store: its room is not looked at")
+        try:
+            found = need(DataSet.of(table, self.data), self.data, self.extract, self.teacher, self.student, tflops=1.0)
+        except KarmmaError as error:
+            return Finding("disk", "WARN", f"what the cache will take is not known: {error}", "see weights below")
+        where = next(folder for folder in Path(cache).absolute().parents if folder.exists())
+        where = Path(cache) if Path(cache).exists() else where
+        held = sum(file.stat().st_size for file in Path(cache).rglob("*") if file.is_file())
+        wanted = max(0.0, found.tokens_gb + found.logits_gb - held / 1e9) + self.student.decoded_gb
+        free = shutil.disk_usage(where).free / 1e9
+        said = f"{wanted:.2f} GB are needed, {free:.1f} GB are free at {where}"
+        step = "free space, name another --cache, or lower --theta or --views"
+        if free < wanted:
+            return Finding("disk", "FAIL", said, step)
+        return Finding("disk", "WARN", said, step) if free < SCARCE * wanted else Finding("disk", "PASS", said)
+
+    def _weights(self) -> Iterator[Finding]:
+        """Build the backbones of the teacher and of the student with their weights, and say where one is not there."""
+        for role, config in (("teacher", self.extract), ("student", self.student)):
+            for modality in (self.student.modalities if role == "student" else ()) or self.data.modalities:
+                yield _backbone(role, getattr(config, modality), modality, self.data.input_shape(modality))
+
+
+def _judged(check: str, wrong: list[str], good: str) -> Finding:
+    """Return a finding about clips: the first that is wrong, and how many are."""
+    if not wrong:
+        return Finding(check, "PASS", good)
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return Finding(check, "FAIL", wrong[0] + more, "karmma check lists them; mend them, or karmma check --only-good")
+
+
+def _environment() -> Finding:
+    """Hold the versions of all packages against what this one asks for."""
+    wrong = []
+    for line in requires("karmma") or ():
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            if not wanted.specifier.contains(version(wanted.name), prereleases=True):
+                wrong.append(f"{wanted.name} {version(wanted.name)}, expected {wanted.specifier}")
+        except PackageNotFoundError:
+            wrong.append(f"no {wanted.name}")
+    if wrong:
+        return Finding("environment", "FAIL", "; ".join(wrong), "pip install --upgrade karmma")
+    return Finding("environment", "PASS", f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _codecs() -> Finding:
+    missing = missing_codecs()
+    if missing:
+        return Finding("codecs", "WARN", f"not decoded here: {', '.join(missing)}", "pip install --force-reinstall av")
+    return Finding("codecs", "PASS", "all of the usual ones")
+
+
+def _gpu() -> Finding:
+    if not torch.cuda.is_available():
+        step = "preset tiny runs on a CPU; karmma doctor --plan says what paper needs"
+        return Finding("GPU", "WARN", "none that torch can use", step)
+    device = torch.device("cuda")
+    about, bfloat16 = torch.cuda.get_device_properties(device), "" if has_bfloat16(device) else "no "
+    memory = about.total_memory / 2**30
+    return Finding("GPU", "PASS", f"{torch.cuda.device_count()} x {about.name}, {memory:.0f} GiB, {bfloat16}bfloat16")
+
+
+def _backbone(role: str, chosen: BackboneConfig, modality: str, shape: tuple[int, ...]) -> Finding:
+    """Build one backbone with its weights; those that would be fetched first are left alone."""
+    check, name, weights = f"{role}'s {modality}", chosen.name, chosen.weights
+    try:
+        recipe = find_recipe(name)
+        if weights in recipe.weights:
+            step = "be online when they are first needed, or name a file"
+            return Finding(check, "WARN", f"{name} with {weights} weights, which may have to be fetched", step)
+        if weights == "none":
+            with torch.device("meta"):
+                build_backbone(name, modality, shape)
+        else:
+            build_backbone(name, modality, shape, weights)
+    except KarmmaError as error:
+        return Finding(check, "FAIL", str(error), f"correct [{SECTIONS[role]}] {modality}")
+    if weights == "none" and role == "teacher":
+        return Finding(check, "WARN", f"{name} with random weights", "name pretrained weights, if this is no trial run")
+    return Finding(check, "PASS", f"{name}, " + ("from scratch" if weights == "none" else f"weights {weights}"))
