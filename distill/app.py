@@ -7,8 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..data.errors import ConfigError, InstallationError, KarmmaError
 from ..data.modality import LETTERS
@@ -17,6 +16,9 @@ from . import page
 from .page import Shown
 from .predictor import Predictor
 from .visits import Visits
+
+if TYPE_CHECKING:
+    from gradio import Request
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BEGIN = "Drop a clip, and its classes appear here."
@@ -47,12 +49,12 @@ class App:
             folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="karmma-app-"))
             os.environ.update(QUIET | {"GRADIO_TEMP_DIR": folder})  # read as Gradio is imported
             try:
-                import gradio
+                import gradio  # noqa: F401  # with what it reads as it is imported; later it is there
             except ImportError as error:
                 raise InstallationError(
                     f"The page needs {error.name}. Install it: pip install 'karmma[app]'."
                 ) from None
-            self._gradio, self._open = gradio, opened.pop_all()
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,10 +62,12 @@ class App:
 
     def show(self, predictor: Predictor, title: str) -> str:
         """Put up the page of a student, and return its address."""
+        from gradio.themes import Default
+
         pool = self._open.enter_context(ReaderPool(1, predictor.data))
-        blocks = build(self._gradio, predictor, title, Visits(predictor, pool))
+        blocks = build(predictor, title, Visits(predictor, pool))
         self._open.callback(partial(blocks.close, verbose=False))
-        fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+        theme = Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         host = f"[{self.host}]" if ":" in self.host else self.host
         guard = partial(_Guard, hosts=LOOPBACK if self.host in LOOPBACK else ())
         try:
@@ -71,7 +75,7 @@ class App:
                 server_name=host, server_port=self.port, share=False, inbrowser=False, prevent_thread_lock=True,
                 quiet=True, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, footer_links=[],
                 run_history=False, allowed_paths=[], app_kwargs={"middleware": [(guard, (), {})]},
-                theme=self._gradio.themes.Default(primary_hue="blue", **fonts), css=page.style(),
+                theme=theme, css=page.style(),
             )  # fmt: skip
         except OSError as error:
             raise _taken(self.host, self.port, error) from None
@@ -94,8 +98,10 @@ def _taken(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"{host}:{port}: nothing can be served there: {said}. Choose another --port or --host.")
 
 
-def build(gradio: ModuleType, predictor: Predictor, title: str, visits: Visits) -> Any:
+def build(predictor: Predictor, title: str, visits: Visits) -> Any:
     """Return the page: files and a switch a modality on the left, predictions beside, what is given below."""
+    import gradio
+
     names, switches, given = predictor.modalities, [], []
     with gradio.Blocks(title=f"KARMMA: {title}", analytics_enabled=False) as blocks:
         gradio.HTML(page.head(title, names, predictor.classes))
@@ -104,13 +110,13 @@ def build(gradio: ModuleType, predictor: Predictor, title: str, visits: Visits) 
                 files = gradio.File(file_count="multiple", label="Clip", height=150, elem_id="files")
                 gradio.HTML(page.aside(DROP))
                 for name in names:
-                    known = {"label": _label(name), "elem_id": f"switch-{name}"}
-                    switches.append(gradio.Checkbox(True, interactive=False, **known))
+                    label, place = _label(name), f"switch-{name}"
+                    switches.append(gradio.Checkbox(True, label=label, elem_id=place, interactive=False))
             with gradio.Column(scale=3, min_width=300):
                 answer = gradio.HTML(page.hint(BEGIN), elem_id="answer")
         for name in names:
             given.append(gradio.HTML("", elem_id=f"given-{name}", elem_classes=["k-input"]))
-        _connect(gradio, blocks, visits, (files, switches, answer, given))
+        _connect(blocks, visits, (files, switches, answer, given))
     return blocks
 
 
@@ -118,19 +124,21 @@ def _label(name: str) -> str:
     return f"{name} ({LETTERS[name]})"  # the bare names are keys of Gradio's own translations
 
 
-def _connect(gradio: ModuleType, blocks: Any, visits: Visits, parts: tuple[Any, list, Any, list]) -> None:
+def _connect(blocks: Any, visits: Visits, parts: tuple[Any, list[Any], Any, list[Any]]) -> None:
     """Have the parts of the page answer to what is dropped and switched."""
+    import gradio
+
     files, switches, answer, given = parts
     names = visits.predictor.modalities
 
     def take(request: gradio.Request, paths: list[str] | None) -> list[Any]:
         if not paths:
-            visits.end(request.session_hash)
-            return _blank(gradio, names, page.hint(BEGIN))
+            visits.end(_visitor(request))
+            return _blank(names, page.hint(BEGIN))
         try:
-            visit = visits.begin(request.session_hash, [Path(path) for path in paths])
+            visit = visits.begin(_visitor(request), [Path(path) for path in paths])
         except KarmmaError as error:
-            return _blank(gradio, names, page.error(str(error)))
+            return _blank(names, page.error(str(error)))
         shown, missing = Shown(visit.readings, visit.times, visits.predictor.data), visit.missing
         on = [gradio.update(value=n not in missing, interactive=n not in missing, info=missing.get(n)) for n in names]
         pictures = [gradio.update(value=shown.html(name), elem_classes=["k-input"]) for name in names]
@@ -139,21 +147,28 @@ def _connect(gradio: ModuleType, blocks: Any, visits: Visits, parts: tuple[Any, 
     def switch(request: gradio.Request, *states: bool) -> list[Any]:
         on = [name for name, is_on in zip(names, states, strict=True) if is_on]
         classes = [["k-input"] if name in on else ["k-input", "k-off"] for name in names]
-        return [visits.answer(request.session_hash, on), *(gradio.update(elem_classes=own) for own in classes)]
+        return [visits.answer(_visitor(request), on), *(gradio.update(elem_classes=own) for own in classes)]
 
     def leave(request: gradio.Request) -> None:
-        visits.end(request.session_hash)
+        visits.end(_visitor(request))
 
     # One at a time: the student's memory is that of one clip, and answers come in the order of the questions.
-    how = {"concurrency_limit": 1, "concurrency_id": "student", "api_visibility": "private"}
+    how: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "student", "api_visibility": "private"}
     files.change(take, files, [answer, *switches, *given], show_progress_on=answer, **how)
     for each in switches:
         each.input(switch, switches, [answer, *given], trigger_mode="always_last", show_progress="hidden", **how)
     blocks.unload(leave)
 
 
-def _blank(gradio: ModuleType, names: tuple[str, ...], said: str) -> list[Any]:
+def _visitor(request: "Request") -> str:
+    assert request.session_hash is not None  # of all that a page asks for
+    return request.session_hash
+
+
+def _blank(names: tuple[str, ...], said: str) -> list[Any]:
     """Return the parts of a page without a clip."""
+    import gradio
+
     off = gradio.update(value=True, interactive=False, info=None)
     return [said, *(off for _ in names), *(gradio.update(value="", elem_classes=["k-input"]) for _ in names)]
 

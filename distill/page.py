@@ -11,7 +11,6 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from ..data.config import DataConfig
 from ..data.media import Reading
-from ..data.modality import PRESENT
 from ..fuse.metrics import ACTION
 from . import viewing
 from .prediction import Prediction
@@ -78,7 +77,7 @@ class Shown:
     """
 
     def __init__(self, readings: Mapping[str, Reading], times: np.ndarray, data: DataConfig) -> None:
-        self.arrays = {name: each.array for name, each in readings.items() if each.state == PRESENT}
+        self.arrays = {name: each.array for name, each in readings.items() if each.array is not None}
         self.times, self.data, self.is_small = times.tolist(), data, data.size < SMALL
 
     def html(self, modality: str) -> str:
