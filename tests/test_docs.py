@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import typer
 import yaml
 from karmma.cli import app
@@ -33,8 +34,11 @@ from karmma.cli_options import SECTIONS
 from karmma.data.annotations import RATES, SOURCES
 from karmma.data.clips import read_rows
 from karmma.data.config import DataConfig
+from karmma.data.errors import ConfigError
 from karmma.data.sample import write_sample
 from karmma.data.settings import assigned, read_preset, resolve
+from karmma.data.stores import LogitStore, TokenStore
+from karmma.extract.backbones import build_backbone
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -281,38 +285,69 @@ def install(folder: Path) -> None:
     importlib.invalidate_caches()
 
 
-SLOW = {"docs/own-data.md"}
-EXAMPLES = [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in examples()]
+QUICK = ("check", "cache", "init")  # commands without torch
 
 
-@pytest.mark.parametrize("page", EXAMPLES)
-def test_examples_run_on_the_sample_data(page, sample, tmp_path, monkeypatch, give):
+@pytest.fixture
+def run_example(sample, tmp_path, monkeypatch, give):
+    """Return a function that writes a page's files and gives its commands, all of them or only the quick ones."""
     shutil.copytree(sample, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    for block in examples()[page]:
-        if block.title != ON_SAMPLE:
-            file = tmp_path / block.title
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(block.text)
-            continue
-        for program, *words in filter(None, commands(block.text)):
-            if program == "pip":
-                monkeypatch.syspath_prepend(str(tmp_path / words[-1]))
-                install(tmp_path / words[-1])
-            elif program == "python":
-                monkeypatch.setattr(sys, "argv", words)
-                runpy.run_path(words[0], run_name="__main__")
-            else:
-                assert program == "karmma"
-                found = [sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in words]
-                code, _, err = give(*(word for each in found for word in each))
-                assert code == 0, err
+
+    def one(program: str, *words: str) -> None:
+        if program == "pip":
+            monkeypatch.syspath_prepend(str(tmp_path / words[-1]))
+            install(tmp_path / words[-1])
+        elif program == "python":
+            monkeypatch.setattr(sys, "argv", [*words])
+            runpy.run_path(words[0], run_name="__main__")
+        else:
+            assert program == "karmma"
+            found = [sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in words]
+            code, _, err = give(*(word for each in found for word in each))
+            assert code == 0, err
+
+    def run(page: str, quickly: bool = False) -> None:
+        for block in examples()[page]:
+            if block.title != ON_SAMPLE:
+                file = tmp_path / block.title
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(block.text)
+                continue
+            for words in filter(None, commands(block.text)):
+                if not quickly or words[0] != "karmma" or words[1] in QUICK:
+                    one(*words)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", examples())
+def test_examples_run_on_the_sample_data(page, run_example):
+    run_example(page)
+
+
+def test_backbone_of_the_page_is_found_and_trains(run_example):
+    run_example("docs/backbones.md", quickly=True)
+    backbone = build_backbone("frame_cells", "video", (4, 3, 32, 32))
+    tokens = backbone(torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8))
+    assert tokens.shape == (2, backbone.n_tokens, backbone.width) == (2, 36, 64)
+    tokens.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+    with pytest.raises(ConfigError, match="frame_cells takes video or flow, not audio"):
+        build_backbone("frame_cells", "audio", (4, 24, 32))
+
+
+def test_modality_of_the_page_goes_into_the_cache(run_example):
+    run_example("docs/modalities.md", quickly=True)
+    (store,) = Path("cache/tokens/detections").glob("*.zarr")
+    found = TokenStore.open(store)
+    assert found.tokens.shape == (24, 1, 8, 12)
+    assert np.isfinite(found.read(np.arange(3), 0)).all()
 
 
 def test_reader_of_the_format_reads_what_the_package_reads(sample, tmp_path, monkeypatch, give):
     """The reader of docs/format.md, and what the page says of names and digests, against a cache with a teacher."""
-    from karmma.data.stores import LogitStore, TokenStore
-
     shutil.copytree(sample, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     video = ("--modality", "audio", "--modality", "detections")
