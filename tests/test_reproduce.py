@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -167,3 +168,15 @@ def test_bench_that_is_stopped_goes_on_and_then_has_nothing_left_to_do(shared, t
     assert "| Baseline A |" not in (tmp_path / "reproduction.md").read_text()  # it is in no table
     assert kept.with_suffix(".safetensors").exists()
     assert subprocess.check_output(command, text=True) == ""
+
+
+def test_table_of_the_readme_is_that_of_the_reproduction():
+    page, readme = ((ROOT / name).read_text() for name in ("docs/reproduction.md", "README.md"))
+    rows = readme.partition("<!-- begin results -->\n")[2].partition("<!-- end results -->")[0].splitlines()
+    (block,) = re.findall(r"<!-- begin subsets-grid -->\n(.*?)<!-- end", page, flags=re.DOTALL)
+    whole = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows]
+    kept = [name for name in whole[0] if name not in ("runs", "average rank")]
+    expected = [[row[whole[0].index(name)] for name in kept] for row in whole]
+    assert shown == expected[: len(shown)]
+    assert len(shown) == 6
