@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Settings, tell, with_options
+from .cli_options import Answer, Settings, out, tell, with_options, would
 from .data.runs import RunFolder, latest_run
 
 ENDS = (signal.SIGINT, signal.SIGTERM)
@@ -26,37 +26,49 @@ def app(
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to serve at")] = 7860,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open the page in a browser")] = True,
     device: Annotated[str, typer.Option(help="torch device")] = "auto",
-) -> None:
+) -> Answer:
     """Serve a page on which one drops a clip, switches modalities, and sees predictions and what the student is given.
 
-    It needs no network, and Ctrl-C ends it:
+    It needs no network, and Ctrl-C ends it.
 
-    karmma app                                  the latest student
-
-    karmma app runs/student-0123abcd --port 8000 --no-browser
+    \b
+    Examples:
+      karmma app
+      karmma app runs/student-0123abcd --port 8000 --no-browser
     """
     folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
+    tell(f"Run: {folder.path}")
+    if settings.dry_run:
+        return would(f"Would serve {folder.path} at {host}, port {port}", run=folder.path)
+    address = _serve_until_ended(folder, settings, (host, port), browser, device)
+    tell("Closed. What was uploaded is deleted.")
+    return Answer({"run": folder.path, "address": address})
+
+
+def _serve_until_ended(
+    folder: RunFolder, settings: Settings, where: tuple[str, int], browser: bool, device: str
+) -> str:
+    """Serve the page until a signal ends it; return its address."""
     from .distill.app import App
 
-    tell(f"Run: {folder.path}")
-    ended = threading.Event()
+    ended, before = threading.Event(), {}
 
     def end(_signal: int, _frame: FrameType | None) -> None:
         ended.set()
 
-    before = {}
     try:
-        with App(host, port) as served:
+        with App(*where) as served:
             from .distill.predictor import load
 
             address = served.show(load(folder.path, device, settings.data.flow_weights), folder.path.name)
             # Until all is closed: whoever presses Ctrl-C twice is not to leave files behind.
-            before = {each: signal.signal(each, end) for each in ENDS}
-            typer.echo(f"{address} is up. Ctrl-C ends it.")
+            before |= {each: signal.signal(each, end) for each in ENDS}
+            line = f"{address} is up. Ctrl-C ends it."
+            tell(line) if out.quiet else out.print(line, soft_wrap=True, markup=False, highlight=False)
             if browser:
                 webbrowser.open(address)
             ended.wait()
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    tell("Closed. What was uploaded is deleted.")
+    return address

@@ -330,12 +330,6 @@ def test_what_cannot_be_served_is_one_clear_line(give, tmp_path, monkeypatch, wo
     assert "Traceback" not in err
 
 
-def test_help_shows_examples(give):
-    code, out, _ = give("app", "--help")
-    assert code == 0
-    assert "karmma app runs/student-" in out
-
-
 # Last: it ends the page of all tests above.
 def test_page_ends_with_exit_code_0_and_leaves_no_file(served, sample):
     shutil.copy(sample / "videos/clip_0000.mp4", next(served.temporary.glob("karmma-app-*")))
