@@ -34,33 +34,41 @@ def app(
     \b
     Examples:
       karmma app
-      karmma app runs/student-1a2b3c4d --port 8000 --no-browser
+      karmma app runs/student-0123abcd --port 8000 --no-browser
     """
     folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
     tell(f"Run: {folder.path}")
     if settings.dry_run:
-        return would(f"Would serve a page about {folder.path} at {host}, port {port}")
+        return would(f"Would serve {folder.path} at {host}, port {port}", run=folder.path)
+    address = _serve_until_ended(folder, settings, (host, port), browser, device)
+    tell("Closed. What was uploaded is deleted.")
+    return Answer({"run": folder.path, "address": address})
+
+
+def _serve_until_ended(
+    folder: RunFolder, settings: Settings, where: tuple[str, int], browser: bool, device: str
+) -> str:
+    """Serve the page until a signal ends it; return its address."""
     from .distill.app import App
 
-    ended = threading.Event()
+    ended, before = threading.Event(), {}
 
     def end(_signal: int, _frame: FrameType | None) -> None:
         ended.set()
 
-    before = {}
     try:
-        with App(host, port) as served:
+        with App(*where) as served:
             from .distill.predictor import load
 
             address = served.show(load(folder.path, device, settings.data.flow_weights), folder.path.name)
             # Until all is closed: whoever presses Ctrl-C twice is not to leave files behind.
-            before = {each: signal.signal(each, end) for each in ENDS}
-            out.print(f"{address} is up. Ctrl-C ends it.", soft_wrap=True, markup=False, highlight=False)
+            before |= {each: signal.signal(each, end) for each in ENDS}
+            line = f"{address} is up. Ctrl-C ends it."
+            tell(line) if out.quiet else out.print(line, soft_wrap=True, markup=False, highlight=False)
             if browser:
                 webbrowser.open(address)
             ended.wait()
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    tell("Closed. What was uploaded is deleted.")
-    return Answer({"run": folder.path, "address": address})
+    return address
