@@ -5,7 +5,7 @@ import threading
 import webbrowser
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,8 @@ def _serve_until_ended(
     """Serve the page until a signal ends it; return its address."""
     from .distill.app import App
 
-    ended, before = threading.Event(), {}
+    ended = threading.Event()
+    before: dict[signal.Signals, Any] = {}
 
     def end(_signal: int, _frame: FrameType | None) -> None:
         ended.set()

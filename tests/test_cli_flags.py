@@ -97,7 +97,6 @@ ASKED = {
     ("predict",): (("sample/videos/clip_0001.mp4",), "Would predict 1 clips with runs/student-"),
     ("app",): ((), "Would serve runs/student-"),
     ("export",): ((), "Would export runs/student-"),
-    ("app",): ((), "Would serve a page about runs/student-"),
     ("sweep",): (("max_lr=1e-4,1e-3",), "Would train 20 teachers that differ in max_lr in runs/sweep-"),
     ("check",): ((), "Would open the files of 24 clips"),
     ("init",): (("sample", "--output", "mine.toml"), "Would write mine.toml"),
