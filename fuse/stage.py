@@ -40,8 +40,8 @@ def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> 
     nothing to learn from.
     """
     plan = plan_teacher(table, data, config)
-    cache, run = plan.cache, plan.run
-    if not plan.is_done:
+    cache, run, was_there = plan.cache, plan.run, plan.is_done
+    if not was_there:
         from .ranks import joined
         from .teacher import Teacher
         from .training import prepare
@@ -54,7 +54,7 @@ def train_teacher(table: ClipTable, data: DataConfig, config: TeacherConfig) -> 
             else:
                 teacher.train(run, plan.described)
     logits = cache.logits_path(run.result["teacher"])
-    return TeacherReport(run.path, logits, plan.modalities, run.result, plan.selection.left_out, plan.is_done)
+    return TeacherReport(run.path, logits, plan.modalities, run.result, plan.selection.left_out, was_there)
 
 
 @dataclass(frozen=True)

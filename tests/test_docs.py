@@ -318,7 +318,10 @@ def run_example(sample, tmp_path, monkeypatch, give):
                 if not quickly or words[0] != "karmma" or words[1] in QUICK:
                     one(*words)
 
-    return run
+    yield run
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):  # others have packages of that name
+            del sys.modules[name]
 
 
 @pytest.mark.slow
