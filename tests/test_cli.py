@@ -147,6 +147,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory of glibc alone")
 def test_freed_memory_is_used_again_without_asking_the_system():
     def faults(*words):

@@ -178,7 +178,10 @@ LAST = {
 }
 
 
-@pytest.mark.parametrize("words", LAST, ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, marks=[pytest.mark.slow] * (words == ("sweep",)), id=" ".join(words)) for words in LAST],
+)
 def test_last_line_names_what_was_written_and_what_comes_next(here, give, words):
     options, says = LAST[words]
     code, _, err = give(*words, *options)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from karmma.data.sample import write_sample
 
+pytestmark = pytest.mark.slow  # commands in processes of their own; tests/test_cli_flags.py gives them within one
 QUICK = ("--epochs", "2", "--set", "teacher.threads=1", "--set", "student.threads=1")
 COMMANDS = (("extract",), ("train-teacher", "--cache", "./cache", *QUICK), ("distill", *QUICK), ("evaluate",))
 
@@ -70,7 +71,6 @@ def test_command_with_nothing_to_do_imports_neither_torch_nor_timm(home, command
     assert not {"torch", "timm", "torchvision"} & loaded
 
 
-@pytest.mark.slow
 def test_report_of_finished_runs_puts_teacher_beside_student(home):
     (teacher,), (student,) = home.glob("runs/teacher-*"), home.glob("runs/student-*")
     done = karmma(home, "report", "--efficiency", "--repeats", "0", "--into", "costs", str(teacher), str(student))
@@ -96,14 +96,12 @@ def test_options_override_the_settings_and_are_saved_with_the_run(home):
     assert sum(lines[0]["masks"].values()) == table.count(",train,")
 
 
-@pytest.mark.slow
 def test_one_modality_extracts_that_modality_only(home, tmp_path):
     done = karmma(home, "extract", "--modality", "flow", "--cache", str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir()] == ["flow"]
 
 
-@pytest.mark.slow
 def test_other_settings_make_a_store_beside_the_old_one_and_training_names_the_field(home, tmp_path):
     cache = str(tmp_path / "cache")
     assert karmma(home, "extract", "--modality", "audio", "--cache", cache).returncode == 0
@@ -113,7 +111,6 @@ def test_other_settings_make_a_store_beside_the_old_one_and_training_names_the_f
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_student_of_one_modality_without_teacher_trains(home):
     options = ("--modality", "detections", "--teacher", "none", *QUICK)
     done = karmma(home, "distill", *options)
@@ -121,7 +118,6 @@ def test_student_of_one_modality_without_teacher_trains(home):
     assert "Modalities: D, teacher: none" in done.stderr
 
 
-@pytest.mark.slow
 def test_cached_teacher_is_checked_against_a_live_one(home):
     before = files(home)
     done = karmma(home, "distill", "--check-teacher", "7")
@@ -137,7 +133,6 @@ def shard_bytes(cache: Path) -> dict[str, bytes]:
     return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("n_receipts", [1, 5])
 def test_extract_killed_at_any_shard_and_run_again_gives_the_bytes_of_one_clean_run(home, tmp_path, n_receipts):
     def options(name):
@@ -161,7 +156,6 @@ def test_extract_killed_at_any_shard_and_run_again_gives_the_bytes_of_one_clean_
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-@pytest.mark.slow
 def test_clip_that_cannot_be_read_is_named_and_blocks_until_it_is_allowed(home, tmp_path):
     sample = home / "karmma-sample"
     text = (sample / "clips.csv").read_text().replace("boxes/", f"{sample}/boxes/")

@@ -222,6 +222,7 @@ def test_backbone_that_passes_a_parameter_on_is_counted(data):
     assert count(teacher_blueprint(data, ExtractConfig(video=cait), TeacherConfig(), EPIC)).rows[0].gflops > 1
 
 
+@pytest.mark.slow
 def test_measuring_process_that_is_killed_is_an_error_with_a_way_out(monkeypatch, blueprint):
     monkeypatch.setattr(measuring, "_measured", killed)
     with pytest.raises(MemoryShortError, match=r"student, V\+A\+D: .* was killed.*Report with --repeats 0"):

@@ -224,6 +224,7 @@ def test_best_settings_train_the_best_trial_again_and_the_same_call_again_trains
     assert (teacher / "best.safetensors").read_bytes() == (trial.path / "best.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_theta_is_swept_where_the_cache_has_all_tokens_and_refused_where_it_has_averages(made):
     grid = SweepConfig(space={"theta": "none,2"}, sampler="grid")
     with pytest.raises(StaleCacheError, match=r"with theta 3, this run asks for theta 2: averages of averages"):
@@ -238,6 +239,7 @@ def test_theta_is_swept_where_the_cache_has_all_tokens_and_refused_where_it_has_
         assert values[theta] == objective(alone.result["val"])
 
 
+@pytest.mark.slow
 def test_sweep_of_which_nothing_comes_says_why(made):
     every = SweepConfig(space={"n_attention_heads": "3,5"}, sampler="grid")
     with pytest.raises(RunError, match=r"no trial came to its end\. The first that failed: .* not divisible by 3"):
