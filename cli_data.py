@@ -13,6 +13,7 @@ from .data.clips import read_rows
 from .data.errors import ConfigError
 from .data.progress import watched
 from .data.publish import publish
+from .data.starter import Starter, epic, own, settings_text, ssv2, table_text
 
 
 @with_flags
@@ -33,19 +34,10 @@ def init(
       karmma init epic --annotations epic-kitchens-100-annotations --media /data/EPIC-KITCHENS
       karmma init ssv2 --annotations labels --media /data/ssv2
     """
-    from .data import starter as starters
-
-    if what == "epic":
-        starter = starters.epic(annotations or Path("epic-kitchens-100-annotations"), media or Path("EPIC-KITCHENS"))
-    elif what == "ssv2":
-        starter = starters.ssv2(annotations or Path("labels"), media or Path("ssv2"))
-    elif annotations or media:
-        raise typer.BadParameter("--annotations and --media are those of epic and ssv2.")
-    else:
-        starter = starters.own(Path(what))
-    text = starters.settings_text(starter, preset or starter.preset, SECTIONS, Path(os.path.abspath(output)).parent)
+    starter = _starter(what, annotations, media)
+    text = settings_text(starter, preset or starter.preset, SECTIONS, Path(os.path.abspath(output)).parent)
     table, n_clips = starter.chosen["table"][0], len(starter.clips) - 1
-    files = {output: text} | ({table: starters.table_text(starter)} if starter.clips else {})
+    files = {output: text} | ({table: table_text(starter)} if starter.clips else {})
     for path in files:
         if path.exists():
             raise ConfigError(f"{path}: is there already and stays as it is. Name another file with --output.")
@@ -59,6 +51,17 @@ def init(
         + ("" if output.name == "karmma.toml" else f" --config {output}")
     )
     return Answer({"files": list(files)})
+
+
+def _starter(what: str, annotations: Path | None, media: Path | None) -> Starter:
+    """Return what settings begin with."""
+    if what == "epic":
+        return epic(annotations or Path("epic-kitchens-100-annotations"), media or Path("EPIC-KITCHENS"))
+    if what == "ssv2":
+        return ssv2(annotations or Path("labels"), media or Path("ssv2"))
+    if annotations or media:
+        raise typer.BadParameter("--annotations and --media are those of epic and ssv2.")
+    return own(Path(what))
 
 
 @with_options("data")

@@ -1,6 +1,6 @@
 """`karmma doctor`: is all well for what the settings say, and what does a data set need before one begins?"""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -8,6 +8,9 @@ from rich.text import Text
 
 from .cli_options import Answer, Settings, out, tell, with_options, would
 from .data.errors import printable
+
+if TYPE_CHECKING:
+    from .distill.checkup import Finding
 
 COLORS = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
 
@@ -45,6 +48,14 @@ def doctor(
 
     checkup = Checkup(settings.data, settings.extract, settings.teacher, settings.student, clips)
     findings = list(checkup.findings())
+    _show(findings)
+    failed = [each.check for each in findings if each.verdict == "FAIL"]
+    tell(f"Failed: {', '.join(failed)}. Mend that, then karmma doctor." if failed else "Next: karmma extract")
+    return Answer({"findings": findings}, 1 if failed else 0)
+
+
+def _show(findings: "list[Finding]") -> None:
+    """Print one row a check."""
     shown = Table("check", "", show_lines=True)
     for name in ("found", "next step"):
         shown.add_column(name, overflow="fold")
@@ -52,9 +63,6 @@ def doctor(
         verdict = Text(each.verdict, style=COLORS[each.verdict])
         shown.add_row(Text(each.check), verdict, Text(printable(each.found)), Text(each.step))
     out.print(shown)
-    failed = [each.check for each in findings if each.verdict == "FAIL"]
-    tell(f"Failed: {', '.join(failed)}. Mend that, then karmma doctor." if failed else "Next: karmma extract")
-    return Answer({"findings": findings}, 1 if failed else 0)
 
 
 def _plan(settings: Settings, tflops: float) -> Answer:

@@ -54,20 +54,29 @@ def evaluate(
         return _would(settings, runs, asked, challenge)
     if challenge is not None:
         failed = submit(runs[0], run_table(settings, runs[0]), settings.data.cache, asked, challenge, _levels(sls))
-        tell_some([f"failed: {clip_id}: {reason}" for clip_id, reason in failed.items()])
+        _tell_failures(failed)
         tell(f"Wrote {challenge}.")
         return Answer({"files": [challenge], "failed": failed}, SOME_FAILED if failed else 0)
+    return _evaluated(settings, runs, asked)
+
+
+def _evaluated(settings: Settings, runs: list[RunFolder], asked: Asked) -> Answer:
+    """Evaluate runs and show them, side by side if there are several."""
     found = [evaluate_run(run, run_table(settings, run), settings.data.cache, asked) for run in runs]
     if len(found) == 1:
         _show(found[0])
     else:
         _show_together(found, settings.data.runs / f"comparison-{asked.stem}")
     failed = {clip_id: reason for each in found for clip_id, reason in each.evaluation.failed.items()}
-    tell_some([f"failed: {clip_id}: {reason}" for clip_id, reason in failed.items()])
+    _tell_failures(failed)
     tell("Results: " + ", ".join(str(path) for each in found for path in each.files))
     tell(f"Next: karmma report {' '.join(str(run.path) for run in runs)}")
     said = [{"run": run.path, **vars(each)} for run, each in zip(runs, found, strict=True)]
     return Answer({"runs": said}, SOME_FAILED if failed else 0)
+
+
+def _tell_failures(failed: dict[str, str]) -> None:
+    tell_some([f"failed: {clip_id}: {reason}" for clip_id, reason in failed.items()])
 
 
 def _would(settings: Settings, runs: list[RunFolder], asked: Asked, challenge: Path | None) -> Answer:

@@ -43,6 +43,11 @@ def export(
         path = save_student(folder, output, licence)
         tell(f"Wrote {path}: model.safetensors, config.json and README.md, the model card.")
         return Answer({"run": folder.path, "path": path})
+    return _exported(folder, kind, output)
+
+
+def _exported(folder: RunFolder, kind: str, output: Path | None) -> Answer:
+    """Export a program, and say how near it comes to the student."""
     from .distill.export import export_student
 
     report = export_student(folder, kind, output)

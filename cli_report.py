@@ -61,18 +61,30 @@ def report(
         if into:
             _folder(into)
         return _write_page(settings, runs, asked, repeats or 0, page)
-    repeats = 3 if repeats is None else repeats
-    from .distill.blueprint import run_blueprint
-    from .distill.efficiency_report import write_efficiency
-
     if folders and classes:
         raise typer.BadParameter("Runs have classes of their own: leave out --classes, or the runs.")
     where = into or settings.data.runs
     if settings.dry_run:
         return would(f"Would write what models cost into {where}", files=[where])
+    thetas, repeats = [_theta(text) for text in theta], 3 if repeats is None else repeats
+    return _efficiency(settings, folders or [], classes, thetas, repeats, device, where)
+
+
+def _efficiency(
+    settings: Settings,
+    folders: list[Path],
+    classes: list[str] | None,
+    thetas: list[int | None],
+    repeats: int,
+    device: str,
+    where: Path,
+) -> Answer:
+    """Show and write what the models of runs cost, or those of the settings."""
+    from .distill.blueprint import run_blueprint
+    from .distill.efficiency_report import write_efficiency
+
     _folder(where)
-    thetas = [_theta(text) for text in theta]
-    blueprints = [run_blueprint(RunFolder.open(run), settings.extract) for run in folders or []]
+    blueprints = [run_blueprint(RunFolder.open(run), settings.extract) for run in folders]
     blueprints = blueprints or _configured(settings, classes)
     found = _costs(blueprints, thetas, device, repeats)
     for model in found:
