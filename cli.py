@@ -276,7 +276,8 @@ def main() -> None:
             raise
         complain(memory_short(error, "", "Close other programs and try again."))
         sys.exit(1)
-    except SystemExit as ended:
-        if ended.code == INTERRUPTED:
-            tell(f"Interrupted. What was finished is kept. To go on: {_again(sys.argv[1:])}")
-        raise
+    except (KeyboardInterrupt, SystemExit) as ended:  # the former while the command was still being put together
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+            raise
+        tell(f"Interrupted. What was finished is kept. To go on: {_again(sys.argv[1:])}")
+        sys.exit(INTERRUPTED)

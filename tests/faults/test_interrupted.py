@@ -14,6 +14,7 @@ INSTANTS = 6
 # Fifteen clips are extracted before anybody could press a key.
 SLOWLY = """
 import time
+os.close(os.open(folder + "/begun", os.O_CREAT))
 put_at_once = ShardDraft.put
 def put_slowly(self, *given):
     time.sleep(0.5)
@@ -31,7 +32,7 @@ COMMANDS = {
 
 def interrupted(running, after_s):
     """Interrupt a command as a terminal does; return exit code, seconds that it took, and what it said."""
-    running.until(lambda: running.process.is_alive())
+    running.until((running.folder / "begun").exists)
     time.sleep(after_s)
     readers = psutil.Process(running.pid).children(recursive=True)
     start = time.monotonic()
