@@ -50,6 +50,7 @@ from .extract.stage import ExtractReport, extract_tokens, plan_extraction
 from .fuse.config import TrainingConfig
 from .fuse.stage import plan_teacher, train_teacher
 
+RESUMED = ("train-teacher", "distill")  # commands that go on where they were only if told so
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 
 app = typer.Typer(
@@ -109,7 +110,7 @@ def _tell_extraction(report: ExtractReport, part: str) -> None:
             f"{found['least']:.5f} (least)"
         )
     if report.n_written:
-        tell(f"Extracted {report.n_written} (clip, view, modality) into {report.cache}.")
+        tell(f"Extracted {report.n_written} (clip, view, modality).")
     else:
         tell("Nothing to do: " + ("the cache is complete." if part == "1/1" else f"part {part} is complete."))
     if report.n_failed:
@@ -127,7 +128,7 @@ def teach(*, settings: Settings) -> Answer:
     Examples:
       karmma train-teacher --cache ./cache
       karmma train-teacher --modality video,audio --max-lr 1e-3 --seed 1
-      torchrun --nproc-per-node 4 -m karmma.cli train-teacher
+      torchrun --nproc-per-node 4 --no-python karmma train-teacher
     """
     if settings.dry_run:
         plan = plan_teacher(settings.table(), settings.data, settings.teacher)
@@ -225,7 +226,8 @@ def demo(*, dry_run: bool) -> Answer:
     for command in commands:
         tell("")
         tell(f"$ karmma {command}")
-        code = app([command, "--config", str(settings)], standalone_mode=False)
+        resumed = ["--resume"] if command in RESUMED else []
+        code = app([command, "--config", str(settings), *resumed], standalone_mode=False)
         if code:
             raise typer.Exit(code)
     return Answer({"commands": commands, "settings": settings})
@@ -253,7 +255,7 @@ def keep_freed_memory() -> None:
 
 def _again(words: Sequence[str]) -> str:
     """Return the command that goes on with an interrupted one."""
-    resumed = ["--resume"] if {"train-teacher", "distill"} & {*words} and "--resume" not in words else []
+    resumed = ["--resume"] if {*words[:1]} & {*RESUMED} and "--resume" not in words else []
     return shlex.join(["karmma", *words, *resumed])
 
 

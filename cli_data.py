@@ -1,6 +1,6 @@
 """`karmma init` and `karmma check`: a settings file to start from, and whether the clips it names are all there."""
 
-import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ from .cli_options import SECTIONS, SOME_FAILED, Answer, Settings, out, tell, tel
 from .data.annotations import SPLITS
 from .data.clips import read_rows
 from .data.errors import ConfigError
+from .data.places import is_address
 from .data.progress import watched
 from .data.publish import publish
 from .data.starter import Starter, epic, own, settings_text, ssv2, table_text
@@ -22,7 +23,7 @@ def init(
     *,
     dry_run: bool,
     annotations: Annotated[Path | None, typer.Option(help="folder of the official annotation files")] = None,
-    media: Annotated[Path | None, typer.Option(help="folder of the official download")] = None,
+    media: Annotated[str | None, typer.Option(help="folder, or address, of the official download")] = None,
     preset: Annotated[str | None, typer.Option(help="tiny or paper (default: tiny for one's own clips)")] = None,
     output: Annotated[Path, typer.Option(help="settings file to write")] = Path("karmma.toml"),
 ) -> Answer:
@@ -35,9 +36,10 @@ def init(
       karmma init ssv2 --annotations labels --media /data/ssv2
     """
     starter = _starter(what, annotations, media)
-    text = settings_text(starter, preset or starter.preset, SECTIONS, Path(os.path.abspath(output)).parent)
+    text = settings_text(starter, preset or starter.preset, SECTIONS, output.resolve().parent)
     table, n_clips = starter.chosen["table"][0], len(starter.clips) - 1
-    files = {output: text} | ({table: table_text(starter)} if starter.clips else {})
+    # The table first: settings that are there have one.
+    files = ({table: table_text(starter)} if starter.clips else {}) | {output: text}
     for path in files:
         if path.exists():
             raise ConfigError(f"{path}: is there already and stays as it is. Name another file with --output.")
@@ -46,6 +48,11 @@ def init(
         return would(f"Would write {named}", files=list(files))
     for path, content in files.items():
         publish(path, content.encode())
+    if starter.clips:
+        counts = Counter(split for _, _, split, _ in starter.clips[1:])
+        labels = sorted({label for *_, label in starter.clips[1:]})
+        splits = ", ".join(f"{counts[split]} {split}" for split in SPLITS)
+        tell(f"{splits}; {len(labels)} labels: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}")
     tell(
         f"Wrote {named}. Next: read it, then karmma doctor"
         + ("" if output.name == "karmma.toml" else f" --config {output}")
@@ -53,12 +60,13 @@ def init(
     return Answer({"files": list(files)})
 
 
-def _starter(what: str, annotations: Path | None, media: Path | None) -> Starter:
+def _starter(what: str, annotations: Path | None, media: str | None) -> Starter:
     """Return what settings begin with."""
+    given = media if media is None or is_address(media) else Path(media)
     if what == "epic":
-        return epic(annotations or Path("epic-kitchens-100-annotations"), media or Path("EPIC-KITCHENS"))
+        return epic(annotations or Path("epic-kitchens-100-annotations"), given or Path("EPIC-KITCHENS"))
     if what == "ssv2":
-        return ssv2(annotations or Path("labels"), media or Path("ssv2"))
+        return ssv2(annotations or Path("labels"), given or Path("ssv2"))
     if annotations or media:
         raise typer.BadParameter("--annotations and --media are those of epic and ssv2.")
     return own(Path(what))

@@ -55,7 +55,7 @@ def evaluate(
     if challenge is not None:
         failed = submit(runs[0], run_table(settings, runs[0]), settings.data.cache, asked, challenge, _levels(sls))
         _tell_failures(failed)
-        tell(f"Wrote {challenge}.")
+        tell(f"Wrote {challenge}. Next: hand it in where the challenge is held.")
         return Answer({"files": [challenge], "failed": failed}, SOME_FAILED if failed else 0)
     return _evaluated(settings, runs, asked)
 

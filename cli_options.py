@@ -10,6 +10,7 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import numpy as np
 import typer
 from rich.console import Console
 
@@ -89,7 +90,7 @@ def with_flags(command: Callable[..., Answer]) -> Callable[..., None]:
         finally:
             out.quiet = was_quiet
         if as_json and not out.quiet:
-            typer.echo(json.dumps(_plain(answer.said), ensure_ascii=False, allow_nan=False))
+            typer.echo(json.dumps(_plain(answer.said), allow_nan=False))
         if answer.code:
             raise typer.Exit(answer.code)
 
@@ -100,7 +101,9 @@ def with_flags(command: Callable[..., Answer]) -> Callable[..., None]:
 def _flags(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON value instead of tables")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be done, and do nothing (but make sample data)")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show where in the program an error came from")] = False,
 ) -> None:
     """Carry the flags that every command has."""
@@ -114,6 +117,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)

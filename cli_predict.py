@@ -72,6 +72,8 @@ def predict(
     tell(f"Run: {folder.path}")
     clips = asked.clips(predictor, settings.data, said)
     if settings.dry_run:
+        if not clips:
+            said.require_some()
         said.tell_failures()
         return would(f"Would predict {len(clips)} clips with {folder.path}", clips=len(clips), failed=said.failed)
     sizes = {"readers": readers, "batch_size": batch_size}

@@ -15,10 +15,11 @@ from .modality import FAILED
 from .packs import split_pack
 from .places import exists, located, matches
 from .raw import open_film
-from .readers import ReaderPool
+from .readers import Order, ReaderPool
 
 # Of the data sets of the field, and of what cameras and phones write.
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg", "aac", "opus", "vorbis", "mp3", "flac", "pcm_s16le")
+SOUND_S = 0.1
 AT_A_TIME = 64  # clips whose frames are asked for at once
 
 
@@ -89,29 +90,30 @@ def _length(path: Path, fps: float | None) -> tuple[float, float] | str:
 def unreadable_frames(
     table: ClipTable, rows: np.ndarray, data: DataConfig, n_readers: int, count: Callable[[int], None] = lambda n: None
 ) -> dict[str, str]:
-    """Decode the first, the middle and the last frame of some clips; return clip id -> why one of them cannot be.
+    """Read the first, the middle and the last frame of some clips; return clip id -> why one of them cannot be.
 
-    rows: of the table.  Decoded are video, or released flow, whichever the modalities need; by reader processes, so
-    that a codec library that crashes fails its clip alone.
+    rows: of the table.  Read are pictures and boxes at these moments, the video for flow that is computed, and all of
+    the sound; by reader processes, so that a codec library that crashes fails its clip alone.  What is absent by
+    design is no failure.
     """
-    is_released = data.flow_method == "released"
-    wanted = {"flow" if m == "flow" and is_released else "video" for m in data.modalities if m != "detections"}
-    small = data.model_copy(update={"frames": 2, "modalities": tuple(sorted(wanted))})
+    is_computed = data.flow_method != "released"
+    wanted = {"video" if m == "flow" and is_computed else m for m in data.modalities}
+    seen, heard = tuple(sorted(wanted - {"audio"})), tuple(wanted & {"audio"})
     length, failed = lru_cache(maxsize=256)(_length), {}
-    with ReaderPool(n_readers, small) as readers:
-        for part in np.array_split(rows, -(-len(rows) // AT_A_TIME)) if len(rows) and wanted else ():
-            moments = []
+    with ReaderPool(n_readers, data.model_copy(update={"frames": 2})) as readers:
+        for part in np.array_split(rows, -(-len(rows) // AT_A_TIME)) if len(rows) else ():
+            orders: list[Order] = []
             for clip in map(table.clip, part.tolist()):
                 found = length(clip.video, clip.rates.get("video"))
-                if isinstance(found, str):
-                    failed[clip.clip_id] = found
-                else:
-                    moments += _moments(clip, *found)
-            futures = readers.submit([(moment, 0, small.modalities) for moment in moments])
-            for moment, future in zip(moments, futures, strict=True):
+                spans = [] if isinstance(found, str) else _moments(clip, *found)
+                if not spans:
+                    failed[clip.clip_id] = found if isinstance(found, str) else _video_problem(clip, length)
+                orders += [(span, 0, seen) for span in spans if seen]
+                orders += [(clip, 0, heard)] if spans and heard else []
+            for (clip, *_), future in zip(orders, readers.submit(orders), strict=True):
                 for name, reading in future.result().items():
                     if reading.state == FAILED:
-                        failed.setdefault(moment.clip_id, f"{name} from {moment.start_s:.3f} s on: {reading.reason}")
+                        failed.setdefault(clip.clip_id, f"{name} from {clip.start_s:.3f} s on: {reading.reason}")
             count(len(part))
     return failed
 
@@ -119,6 +121,7 @@ def unreadable_frames(
 def _moments(clip: Clip, end_s: float, lasts: float) -> list[Clip]:
     """Return the spans of a clip's first, middle and last frame; none if it starts behind the end of its video."""
     stop_s = min(end_s, clip.stop_s or end_s)
+    lasts = lasts or min(SOUND_S, stop_s - clip.start_s)  # a file of sound alone has no frames
     last_s = max(clip.start_s, stop_s - lasts)
     starts = dict.fromkeys((clip.start_s, (clip.start_s + last_s) / 2, last_s))
     return [replace(clip, start_s=start, stop_s=min(start + lasts, stop_s)) for start in starts if start < stop_s]

@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from .config import PATHS, StageConfig
-from .errors import ConfigError, nearest
+from .errors import ConfigError, cause, nearest
 from .modality import MODALITIES
 from .places import is_address
 from .publish import publish
@@ -27,6 +27,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such settings file. Name one with --config, or leave it out.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {cause(error)}. Name a settings file with --config.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}. Correct it and run again.") from None
 

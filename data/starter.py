@@ -4,16 +4,17 @@ import csv
 import io
 import json
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .annotations import SPLITS
 from .clips import COLUMNS
-from .config import StageConfig
-from .errors import ConfigError, MediaError
+from .config import DataConfig, Place, StageConfig
+from .errors import ConfigError, MediaError, nearest
 from .footage import HEARD, find_footage
 from .media import Media
 from .settings import read_preset, resolve
@@ -24,6 +25,8 @@ SPLIT_FOLDERS = {name: name for name in SPLITS} | {"training": "train", "validat
 # Of ten clips of a label, which go to val and test: few clips of a label have one there too.
 VAL, TEST, OF = 1, 3, 10
 LOOKED_AT = 3  # films whose tracks are looked at
+FPS = 30.0
+WRITE = "Or write clips.csv there: docs/clips.md says how."
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Starter:
     clips: tuple[tuple[str, ...], ...] = ()
 
 
-def epic(annotations: Path, media: Path) -> Starter:
+def epic(annotations: Path, media: Place) -> Starter:
     """Return what EPIC-KITCHENS-100 needs: folders of the official annotations and of the official download."""
     return Starter(
         "EPIC-KITCHENS-100",
@@ -58,7 +61,7 @@ def epic(annotations: Path, media: Path) -> Starter:
     )
 
 
-def ssv2(annotations: Path, media: Path) -> Starter:
+def ssv2(annotations: Path, media: Place) -> Starter:
     """Return what Something-Something V2 needs: folders of the official label files and of the videos."""
     return Starter(
         "Something-Something V2",
@@ -77,8 +80,9 @@ def ssv2(annotations: Path, media: Path) -> Starter:
 def own(folder: Path) -> Starter:
     """Return what a folder of one's own needs: from its clip table, or if there is none, from the films below it.
 
-    Films below `train/`, `val/` or `test/` are of that split, else every tenth clip of a label goes to val and to test;
-    the label is the name of the folder that comes then.  Raises ConfigError if there is neither table nor film.
+    A film's label is the folders that it lies in, but for those that all share.  If each film lies in one folder called
+    train, val or test, that is its split; else every tenth clip of a label goes to val and to test.
+    Raises ConfigError if there is neither a table nor films in folders, or if a table could not hold their names.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder. Name epic, ssv2, or a folder of clips.")
@@ -88,18 +92,59 @@ def own(folder: Path) -> Starter:
     try:
         films = [film for film in find_footage(folder) if film.suffix.lower() not in HEARD]
     except MediaError as error:
-        raise ConfigError(f"{error} Or write clips.csv there: docs/clips.md says how.") from None
-    return _starter(folder / TABLES[0], ["label"], films, clips=_rows(folder, films))
+        raise ConfigError(f"{error} {WRITE}") from None
+    if not films:
+        raise ConfigError(f"{folder}: holds sound alone. {WRITE}")
+    for film in films:
+        name = film.relative_to(folder).as_posix()
+        if not name.isprintable() or any(part != part.strip() for part in name.split("/")):
+            raise ConfigError(f"{folder}: a table cannot hold the name {name!r}. Rename it.")
+    rows = list(_rows(folder, films))
+    if not any(label for *_, label in rows):
+        raise ConfigError(f"{folder}: its films lie in no folders that could be their labels. {WRITE}")
+    return _starter(folder / TABLES[0], ["label"], films, clips=[("clip_id", "video", "split", "label"), *rows])
+
+
+def _rows(folder: Path, films: list[Path]) -> Iterator[tuple[str, ...]]:
+    """Yield id, film, split and label of each clip."""
+    above = [film.relative_to(folder).parts[:-1] for film in films]
+    splits = [[part for part in parts if part.lower() in SPLIT_FOLDERS] for parts in above]
+    is_split = all(len(found) == 1 for found in splits)  # else such a name is that of a class
+    labels = [tuple(part for part in parts if not is_split or part.lower() not in SPLIT_FOLDERS) for parts in above]
+    n_shared = 0
+    while len({*labels}) > 1 and len({parts[: n_shared + 1] for parts in labels}) == 1:
+        n_shared += 1
+    n_seen: dict[str, int] = defaultdict(int)
+    for film, parts, found in zip(films, labels, splits, strict=True):
+        name, label = film.relative_to(folder).as_posix(), "/".join(parts[n_shared:])
+        at, n_seen[label] = n_seen[label] % OF, n_seen[label] + 1
+        drawn = {VAL: "val", TEST: "test"}.get(at, "train")
+        yield name, name, SPLIT_FOLDERS[found[0].lower()] if is_split else drawn, label
 
 
 def _of_table(folder: Path, table: Path) -> Starter:
-    """Return what a table asks for: its label columns, and modalities that have a column or a sound track."""
-    text = read_text_table(table, ("video",))
-    heads = [name for name in text.header if name not in COLUMNS]
+    """Return what a table asks for: its label columns, and modalities that have a column or a sound track.
+
+    Label columns are those that are no known column, have a value in several rows, and no number with a point.
+    """
+    text = read_text_table(table, COLUMNS)
+    for name in ("clip_id", "video"):
+        if name not in text.header and not (name == "video" and "video_id" in text.header):
+            raise ConfigError(
+                f"{table}: no column {name!r}. {nearest(name, text.header)} A comma stands between columns."
+            )
+    others = read_text_table(table, [name for name in text.header if name not in COLUMNS]).columns
+    heads = [name for name, cells in others.items() if _are_labels(cells)]
     if not heads:
-        raise ConfigError(f"{table}: no label column beside {', '.join(text.header)}. Add one, such as action.")
+        raise ConfigError(f"{table}: no label column among {', '.join(text.header)}. Add one, such as action.")
+    DataConfig(heads=tuple(heads))
     films = [folder / name for name in text.columns.get("video", [])[:LOOKED_AT]]
     return _starter(table, heads, films, "detections" in text.header, "audio" in text.header)
+
+
+def _are_labels(cells: list[str]) -> bool:
+    given = [cell for cell in cells if cell]
+    return len({*given}) < max(len(given), 3) and not all(re.fullmatch(r"-?\d*\.\d+", cell) for cell in given)
 
 
 def _starter(
@@ -113,11 +158,13 @@ def _starter(
     """Return the settings of one's own clips; films: some of them, whose sound tracks are looked at."""
     has_sound = has_sound or any(map(_has_sound, films[:LOOKED_AT]))
     modalities = ["video", "flow", *(["audio"] if has_sound else []), *(["detections"] if has_boxes else [])]
-    chosen = {
+    chosen: dict[str, tuple[Any, str]] = {
         "table": (table, "one row a clip: docs/clips.md has every column"),
         "heads": (heads, "label columns, one classifier each"),
         "modalities": (modalities, "flow is computed from the video"),
     }
+    if any(film.is_dir() for film in films):
+        chosen["video_fps"] = (FPS, "of numbered pictures, which do not say it: CORRECT IT")
     return Starter("Your own clips", "tiny", chosen, tuple(clips))
 
 
@@ -127,19 +174,6 @@ def _has_sound(film: Path) -> bool:
             return media.has_sound
     except MediaError:  # numbered pictures; what cannot be read, karmma doctor names
         return False
-
-
-def _rows(folder: Path, films: Iterable[Path]) -> Iterable[tuple[str, ...]]:
-    """Yield id, film, split and label of each clip, a header first."""
-    yield "clip_id", "video", "split", "label"
-    n_seen: dict[str, int] = defaultdict(int)
-    for film in films:
-        name = film.relative_to(folder).as_posix()
-        above = name.split("/")[:-1]
-        split = SPLIT_FOLDERS.get(above[0].lower()) if above else None
-        label = "/".join(above[1:] if split else above)
-        at, n_seen[label] = n_seen[label] % OF, n_seen[label] + 1
-        yield name, name, split or {VAL: "val", TEST: "test"}.get(at, "train"), label
 
 
 def table_text(starter: Starter) -> str:
@@ -176,7 +210,8 @@ def _source(info: Any) -> str:
 
 
 def _beside(value: Any, folder: Path) -> Any:
-    return os.path.relpath(value, folder) if isinstance(value, Path) else value
+    is_relative = isinstance(value, Path) and not value.is_absolute()
+    return os.path.relpath(value.resolve(), folder) if is_relative else value
 
 
 def _toml(value: Any) -> str:
@@ -187,4 +222,7 @@ def _toml(value: Any) -> str:
         return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items() if each is not None) + " }"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    return "..." if value is None else json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    text = json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    return (
+        "..." if value is None else text.replace("\x7f", "\\u007f")
+    )  # the one letter that TOML does not take as it is

@@ -17,7 +17,7 @@ from ..data.clips import read_rows
 from ..data.config import DataConfig
 from ..data.device import has_bfloat16
 from ..data.errors import KarmmaError
-from ..data.places import is_address
+from ..data.places import is_local, place
 from ..data.progress import watched
 from ..extract.backbones import build_backbone, find_recipe
 from ..extract.config import BackboneConfig, ExtractConfig
@@ -74,7 +74,7 @@ class Checkup:
         yield _judged("table", [str(row) for row in bad], f"{table.n_clips} clips, {n_train} to train; {classes}")
         with watched("files", table.n_clips, "clips") as progress:
             wrong = check_clips(table, self.data, progress.advance)
-        yield _judged("files", [str(row) for row in wrong], f"of {table.n_clips} clips are there")
+        yield _judged("files", [str(row) for row in wrong], f"those of {table.n_clips} clips are there")
         yield self._frames(table)
         yield self._disk(table)
 
@@ -89,8 +89,13 @@ class Checkup:
     def _disk(self, table: ClipTable) -> Finding:
         """Hold what the cache will take against what is free where it goes."""
         cache = self.data.cache
-        if is_address(cache):
-            return Finding("disk", "PASS", f"{cache} is an object store: its room is not looked at")
+        try:
+            if not is_local(place(cache)):
+                return Finding("disk", "PASS", f"{cache} is an object store: its room is not looked at")
+            if Path(cache).exists() and not Path(cache).is_dir():
+                return Finding("disk", "FAIL", f"{cache} is no folder", "name another --cache")
+        except KarmmaError as error:
+            return Finding("disk", "FAIL", str(error), "name another --cache")
         try:
             found = need(DataSet.of(table, self.data), self.data, self.extract, self.teacher, self.student, tflops=1.0)
         except KarmmaError as error:
@@ -118,7 +123,9 @@ def _judged(check: str, wrong: list[str], good: str) -> Finding:
     if not wrong:
         return Finding(check, "PASS", good)
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    return Finding(check, "FAIL", wrong[0] + more, "karmma check lists them; mend them, or karmma check --only-good")
+    return Finding(
+        check, "FAIL", wrong[0] + more, "karmma check lists them; --write good.csv --only-good leaves them out"
+    )
 
 
 def _environment() -> Finding:

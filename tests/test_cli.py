@@ -161,3 +161,23 @@ def test_freed_memory_is_used_again_without_asking_the_system():
 def test_log_line_of_a_module_is_shown_and_not_obeyed_by_the_terminal(capsys):
     cli.LogHandler().handle(logging.LogRecord("karmma", logging.WARNING, "", 0, "clip %s: [b]", ("\x1b[2Ja",), None))
     assert capsys.readouterr().err == "clip \\x1b[2Ja: [b]\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (("train-teacher", "--seed", "1"), "karmma train-teacher --seed 1 --resume"),
+        (("distill", "--resume"), "karmma distill --resume"),
+        (("evaluate", "distill"), "karmma evaluate distill"),
+        (("demo",), "karmma demo"),
+        (("extract", "--cache", "a b"), "karmma extract --cache 'a b'"),
+    ],
+)
+def test_interrupted_command_names_the_one_that_goes_on(give, monkeypatch, words, again):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    code, _, err = give(*words)
+    assert code == 130
+    assert err == f"Interrupted. What was finished is kept. To go on: {again}\n"

@@ -42,7 +42,7 @@ def test_every_command_has_its_flags_and_examples_that_can_be_given(words):
     examples = [shlex.split(line) for line in text.strip().splitlines()]
     assert examples
     for example in examples:
-        given = example[example.index("karmma.cli") + 1 :] if example[0] == "torchrun" else example[1:]
+        given = example[example.index("karmma") + 1 :]
         assert tuple(given[: len(words)]) == words
         command.make_context("karmma", given[len(words) :])  # raises a usage error
 

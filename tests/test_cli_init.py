@@ -102,7 +102,7 @@ def test_lines_behind_a_hash_are_what_holds_without_them(here, give, what, prese
     [
         (("none",), "none: no such folder. Name epic, ssv2, or a folder of clips."),
         (("empty",), "empty: holds no media file"),
-        (("bare",), "bare/clips.csv: no label column beside clip_id, video. Add one, such as action."),
+        (("bare",), "bare/clips.csv: no label column among clip_id, video. Add one, such as action."),
         (("epic", "--output", "old.toml"), "old.toml: is there already and stays as it is."),
         (("epic", "--preset", "tinny"), "Unknown preset 'tinny'. Did you mean 'tiny'?"),
     ],
@@ -119,3 +119,69 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(here, give, words, sa
     assert says in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("places", "splits", "labels"),
+    [
+        (("clips/train/open", "clips/train/shut", "clips/val/open", "clips/test/shut"), [2, 1, 1], ("open", "shut")),
+        (("open/train", "open/val", "shut/train", "shut/valid"), [2, 2, 0], ("open", "shut")),
+        (("train", "car", "train", "car"), [2, 2, 0], ("car", "train")),  # vehicles
+        (("a/b/lift", "a/b/push", "a/b/push/hard", "a/b/lift"), [3, 1, 0], ("lift", "push", "push/hard")),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_labels_and_splits_are_told_from_the_folders_around(here, give, films, places, splits, labels):
+    for film, place in zip(films, places, strict=False):
+        (here / "mine" / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(film, here / "mine" / place)
+    code, _, err = give("init", "mine")
+    assert code == 0, err
+    assert f"{splits[0]} train, {splits[1]} val, {splits[2]} test; {len(labels)} labels: {labels[0]}" in err
+    table = read_clips(settings(here / "karmma.toml")["data"])
+    assert [len(table.rows(split)) for split in SPLITS] == splits
+    text = (here / "mine" / "clips.csv").read_text()
+    assert {line.rpartition(",")[2] for line in text.splitlines()[1:]} == {*labels}
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (("a.wav", "b/c.mp3"), "mine: holds sound alone. Or write clips.csv there"),
+        (("a.mp4", "b.mp4"), "mine: its films lie in no folders that could be their labels. Or write clips.csv"),
+        ((" open/a.mp4", "shut/b.mp4"), "mine: a table cannot hold the name ' open/a.mp4'. Rename it."),
+        (("open/a\rb.mp4",), r"mine: a table cannot hold the name 'open/a\rb.mp4'. Rename it."),
+        (("open/\udcff.mp4",), r"mine: a table cannot hold the name 'open/\udcff.mp4'. Rename it."),
+    ],
+    ids=lambda value: ascii(value[0]) if isinstance(value, tuple) else "",
+)
+def test_folder_that_no_table_can_be_made_of_is_one_line(here, give, files, says):
+    for name in files:
+        (here / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "mine" / name).write_bytes(b"")
+    code, _, err = give("init", "mine")
+    assert code == 1
+    assert says in err
+    assert not (here / "karmma.toml").exists()
+    assert not (here / "mine" / "clips.csv").exists()
+
+
+def test_table_whose_columns_are_no_labels_takes_only_those_that_are(here, give, films):
+    put(here / "mine", films[:3])
+    text = "clip_id,video,note,speed,verb\n" + "".join(
+        f"{i},{f.name},note {i},0.{i},x\n" for i, f in enumerate(films[:3])
+    )
+    (here / "mine" / "clips.csv").write_text(text)
+    assert give("init", "mine")[0] == 0
+    assert settings(here / "karmma.toml")["data"].heads == ("verb",)
+    (here / "mine" / "clips.csv").write_text("clip_id;video;verb\na;a.mp4;x\n")
+    code, _, err = give("init", "mine", "--output", "other.toml")
+    assert code == 1
+    assert "no column 'clip_id'. Known: clip_id;video;verb. A comma stands between columns." in err
+
+
+def test_addresses_and_absolute_paths_stay_as_they_are(here, give):
+    assert give("init", "epic", "--media", "s3://bucket/epic", "--annotations", "/lists")[0] == 0
+    text = (here / "karmma.toml").read_text()
+    assert 'media = "s3://bucket/epic"' in text
+    assert 'table = "/lists/EPIC_100_train.csv"' in text

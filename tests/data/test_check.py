@@ -1,10 +1,11 @@
 """Checking a table against its files: every bad row is listed, with its reason."""
 
 import json
+import wave
 
 import numpy as np
 import pytest
-from karmma.data.check import check_clips
+from karmma.data.check import check_clips, unreadable_frames
 from karmma.data.clips import read_rows
 from karmma.data.config import DataConfig
 
@@ -90,3 +91,21 @@ def test_real_rows_without_a_clip_are_all_listed(shared_data):
     missing = [row for row in check_clips(table, data) if "no such file" in row.reason]
     assert {row.clip_id for row in missing} == {*table.clip_ids[table.rows("val")].tolist()}
     assert len(missing) == 106
+
+
+@pytest.mark.parametrize("modality", ["audio", "detections", "video"])
+def test_frames_that_are_read_are_those_of_the_modalities(made, tmp_path, modality):
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(64_000))
+    (tmp_path / "broken.json").write_text("{")
+    text = (
+        "clip_id,video,start_s,detections,verb\nfine,two.mp4,0,boxes.json,x\nheard,sound.wav,0,,x\n"
+        "late,two.mp4,3,,x\nbroken,two.mp4,0,broken.json,x\n"
+    )
+    (tmp_path / "t.csv").write_text(text)
+    data = DataConfig(table=tmp_path / "t.csv", heads=("verb",), modalities=(modality,))
+    table, _ = read_rows(data, ("verb",))
+    failed = unreadable_frames(table, np.arange(4), data, n_readers=1)
+    assert {*failed} == ({"late", "broken"} if modality == "detections" else {"late"})
+    assert "start_s = 3" in failed["late"]
