@@ -155,8 +155,9 @@ def _connect(blocks: Any, visits: Visits, parts: tuple[Any, list[Any], Any, list
     # One at a time: the student's memory is that of one clip, and answers come in the order of the questions.
     how: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "student", "api_visibility": "private"}
     files.change(take, files, [answer, *switches, *given], show_progress_on=answer, **how)
-    for each in switches:
-        each.input(switch, switches, [answer, *given], trigger_mode="always_last", show_progress="hidden", **how)
+    # All switches in one, so that the last answer is that of the last click, whichever switch it was.
+    clicks = [each.input for each in switches]
+    gradio.on(clicks, switch, switches, [answer, *given], trigger_mode="always_last", show_progress="hidden", **how)
     blocks.unload(leave)
 
 

@@ -141,7 +141,9 @@ def watched():
         while not over.wait(0.01):
             for reader in psutil.Process().children():
                 try:
-                    most[0] = max(most[0], reader.memory_info().rss)
+                    # A child that has yet to become a reader still has the memory of this process.
+                    if "karmma.data.reader" in reader.cmdline():
+                        most[0] = max(most[0], reader.memory_info().rss)
                 except psutil.NoSuchProcess:
                     continue
 
