@@ -14,7 +14,7 @@ from karmma.data.cache import Cache
 from karmma.data.sample import write_sample
 from karmma.data.verify import verify
 
-GIVE_UP_S = 60
+GIVE_UP_S = 180  # cores may be busy
 SETTINGS = """
 preset = "tiny"
 [data]
