@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Answer, Settings, out, tell, with_options, would
-from .data.runs import RunFolder, latest_run
+from .cli_options import Answer, Settings, chosen_runs, out, tell, with_options, would
+from .data.runs import RunFolder
 
 ENDS = (signal.SIGINT, signal.SIGTERM)
 
@@ -36,7 +36,7 @@ def app(
       karmma app
       karmma app runs/student-0123abcd --port 8000 --no-browser
     """
-    folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
+    (folder,) = chosen_runs(settings, [run] if run else [])
     tell(f"Run: {folder.path}")
     if settings.dry_run:
         return would(f"Would serve {folder.path} at {host}, port {port}", run=folder.path)

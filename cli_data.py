@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -14,7 +14,9 @@ from .data.errors import ConfigError
 from .data.places import is_address
 from .data.progress import watched
 from .data.publish import publish
-from .data.starter import Starter, epic, own, settings_text, ssv2, table_text
+
+if TYPE_CHECKING:
+    from .data.starter import Starter
 
 
 @with_flags
@@ -35,6 +37,8 @@ def init(
       karmma init epic --annotations epic-kitchens-100-annotations --media /data/EPIC-KITCHENS
       karmma init ssv2 --annotations labels --media /data/ssv2
     """
+    from .data.starter import settings_text, table_text  # and readers of films, which no other command waits for
+
     starter = _starter(what, annotations, media)
     text = settings_text(starter, preset or starter.preset, SECTIONS, output.resolve().parent)
     table, n_clips = starter.chosen["table"][0], len(starter.clips) - 1
@@ -60,8 +64,10 @@ def init(
     return Answer({"files": list(files)})
 
 
-def _starter(what: str, annotations: Path | None, media: str | None) -> Starter:
+def _starter(what: str, annotations: Path | None, media: str | None) -> "Starter":
     """Return what settings begin with."""
+    from .data.starter import epic, own, ssv2
+
     given = media if media is None or is_address(media) else Path(media)
     if what == "epic":
         return epic(annotations or Path("epic-kitchens-100-annotations"), given or Path("EPIC-KITCHENS"))

@@ -6,9 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .cli_options import SOME_FAILED, Answer, Settings, distinct, out, run_table, tell, tell_some, with_options, would
+from .cli_options import (
+    SOME_FAILED,
+    Answer,
+    Settings,
+    chosen_runs,
+    out,
+    run_table,
+    tell,
+    tell_some,
+    with_options,
+    would,
+)
 from .data.errors import ConfigError
-from .data.runs import RunFolder, latest_run
+from .data.runs import RunFolder
 from .distill.results import ACTION, Asked, Evaluation
 from .distill.stage import Evaluated, evaluated_before, evaluation_files, submit
 from .distill.stage import evaluate as evaluate_run
@@ -45,8 +56,7 @@ def evaluate(
       karmma evaluate runs/student-* --split val
       karmma evaluate runs/student-1a2b3c4d --challenge submission.zip
     """
-    runs = distinct([RunFolder.open(folder) for folder in folders or []])
-    runs = runs or [latest_run(settings.data.runs, "student")]
+    runs = chosen_runs(settings, folders or [])
     asked = Asked(split, views, draws, readers, device, settings.data.flow_weights)
     if challenge is not None and len(runs) > 1:
         raise typer.BadParameter("A submission is of one run: name one, or leave out --challenge.")

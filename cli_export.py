@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from .cli_options import Answer, Settings, out, tell, with_options, would
-from .data.runs import RunFolder, latest_run
+from .cli_options import Answer, Settings, chosen_runs, out, tell, with_options, would
+from .data.runs import RunFolder
 
 
 @with_options("data.runs", needs_clips=False)
@@ -33,7 +33,7 @@ def export(
     """
     if licence and kind != "hub":
         raise typer.BadParameter("--license goes into a model card: it needs --format hub.")
-    folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
+    (folder,) = chosen_runs(settings, [run] if run else [])
     tell(f"Run: {folder.path}")
     if settings.dry_run:
         return would(f"Would export {folder.path} as {kind} to {output or folder.path}", run=folder.path)

@@ -17,10 +17,11 @@ from rich.console import Console
 from .data.annotations import ClipTable
 from .data.clips import read_clips
 from .data.config import DataConfig, StageConfig
-from .data.errors import RunError, printable
+from .data.errors import KarmmaError, RunError, printable
 from .data.modality import MODALITIES
+from .data.places import storage_errors
 from .data.progress import IS_SILENT, watched
-from .data.runs import RunFolder
+from .data.runs import RunFolder, latest_run
 from .data.sample import write_sample
 from .data.settings import PRESETS, assigned, read_preset, read_toml, resolve, rooted, write_toml
 from .distill.config import StudentConfig
@@ -83,7 +84,7 @@ def with_flags(command: Callable[..., Answer]) -> Callable[..., None]:
         was_quiet, out.quiet = out.quiet, out.quiet or as_json
         try:
             answer = command(**given)
-        except Exception as error:
+        except storage_errors(KarmmaError, MemoryError, RuntimeError) as error:  # a line of ours; others show theirs
             if debug:
                 loud.print("".join(traceback.format_exception(error)), soft_wrap=True, markup=False)
             raise
@@ -264,6 +265,7 @@ def run_table(settings: Settings, run: RunFolder) -> ClipTable:
     return table
 
 
-def distinct(runs: Sequence[RunFolder]) -> list[RunFolder]:
-    """Return runs in their order, each once: one that is named twice is no second seed."""
-    return list({run.path.resolve(): run for run in runs}.values())
+def chosen_runs(settings: Settings, folders: Sequence[Path]) -> list[RunFolder]:
+    """Return the finished runs that are named, each once: twice is no second seed; if none is, the latest student."""
+    runs = [RunFolder.open(folder) for folder in folders]
+    return list({run.path.resolve(): run for run in runs}.values()) or [latest_run(settings.data.runs, "student")]

@@ -9,12 +9,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import SOME_FAILED, Answer, Settings, out, tell, tell_some, with_options, would
+from .cli_options import SOME_FAILED, Answer, Settings, chosen_runs, out, tell, tell_some, with_options, would
 from .data.config import DataConfig
 from .data.errors import ConfigError, MediaError, printable
 from .data.modality import letters
 from .data.progress import watched
-from .data.runs import RunFolder, latest_run
 
 if TYPE_CHECKING:
     from .data.annotations import Clip
@@ -64,7 +63,7 @@ def predict(
     """
     sources = {name: path for name, path in (("audio", audio), ("flow", flow), ("detections", detections)) if path}
     asked = _Asked(named, sources, window, stride, csv, video)
-    folder = RunFolder.open(run) if run else latest_run(settings.data.runs, "student")
+    (folder,) = chosen_runs(settings, [run] if run else [])
     from .distill.predictor import load
 
     predictor, said = load(folder.path, device, settings.data.flow_weights), _Said()

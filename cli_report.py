@@ -7,10 +7,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import SOME_FAILED, Answer, Settings, distinct, out, run_table, tell, with_options, would
+from .cli_options import SOME_FAILED, Answer, Settings, chosen_runs, out, run_table, tell, with_options, would
 from .data.errors import ConfigError, RunError, cause
 from .data.progress import watched
-from .data.runs import RunFolder, latest_run
+from .data.runs import RunFolder
 from .distill.results import Asked
 from .distill.stage import evaluate, predictions_path
 
@@ -52,8 +52,7 @@ def report(
       karmma report --efficiency --repeats 0
     """
     if not efficiency:
-        runs = distinct([RunFolder.open(folder) for folder in folders or []])
-        runs = runs or [latest_run(settings.data.runs, "student")]
+        runs = chosen_runs(settings, folders or [])
         page = _page(settings, runs, split, into)
         if settings.dry_run:
             return would(f"Would write {page}", files=[page])

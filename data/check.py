@@ -107,7 +107,7 @@ def unreadable_frames(
                 found = length(clip.video, clip.rates.get("video"))
                 spans = [] if isinstance(found, str) else _moments(clip, *found)
                 if not spans:
-                    failed[clip.clip_id] = found if isinstance(found, str) else _video_problem(clip, length)
+                    failed[clip.clip_id] = _video_problem(clip, length)
                 orders += [(span, 0, seen) for span in spans if seen]
                 orders += [(clip, 0, heard)] if spans and heard else []
             for (clip, *_), future in zip(orders, readers.submit(orders), strict=True):

@@ -222,7 +222,7 @@ def _toml(value: Any) -> str:
         return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items() if each is not None) + " }"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
+    if value is None:
+        return "..."
     text = json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
-    return (
-        "..." if value is None else text.replace("\x7f", "\\u007f")
-    )  # the one letter that TOML does not take as it is
+    return text.replace("\x7f", "\\u007f")  # the one letter that TOML does not take as it is

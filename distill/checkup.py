@@ -17,7 +17,7 @@ from ..data.clips import read_rows
 from ..data.config import DataConfig
 from ..data.device import has_bfloat16
 from ..data.errors import KarmmaError
-from ..data.places import is_local, place
+from ..data.places import is_local, place, sizes
 from ..data.progress import watched
 from ..extract.backbones import build_backbone, find_recipe
 from ..extract.config import BackboneConfig, ExtractConfig
@@ -100,9 +100,9 @@ class Checkup:
             found = need(DataSet.of(table, self.data), self.data, self.extract, self.teacher, self.student, tflops=1.0)
         except KarmmaError as error:
             return Finding("disk", "WARN", f"what the cache will take is not known: {error}", "see weights below")
-        where = next(folder for folder in Path(cache).absolute().parents if folder.exists())
-        where = Path(cache) if Path(cache).exists() else where
-        held = sum(file.stat().st_size for file in Path(cache).rglob("*") if file.is_file())
+        path = Path(cache).absolute()
+        where = next(folder for folder in (path, *path.parents) if folder.exists())
+        held = sum(sizes(path).values())
         wanted = max(0.0, found.tokens_gb + found.logits_gb - held / 1e9) + self.student.decoded_gb
         free = shutil.disk_usage(where).free / 1e9
         said = f"{wanted:.2f} GB are needed, {free:.1f} GB are free at {where}"
