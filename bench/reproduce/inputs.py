@@ -3,8 +3,12 @@
 import csv
 import json
 import shutil
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import tomli_w
 from karmma.data.sample import write_sample
 from plan import Scale
 from safetensors.torch import load_file, save_file
@@ -31,6 +35,13 @@ def prepare(name: str, settings: str, folder: Path, shared: Path, results: Path,
         for row in some[1:]:  # a table that lies elsewhere
             row[1] = f"sample/{row[1]}"
     _write(folder / "uncached.csv", [some[0], *some[1 :: len(some) // scale.n_uncached][: scale.n_uncached]])
+
+
+def best_settings(folder: Path, sweep: Mapping[str, Any]) -> None:
+    """Write best.toml, the settings of a data set with those that its sweep chose."""
+    settings = tomllib.loads((folder / "karmma.toml").read_text(encoding="utf-8"))
+    settings["teacher"] |= {"epochs": sweep["epochs"], **sweep["chosen"]}
+    (folder / "best.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
 
 
 def start_weights(run: Path, path: Path) -> None:

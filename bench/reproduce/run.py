@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from inputs import prepare, start_weights
+from inputs import best_settings, prepare, start_weights
 from karmma.data.annotations import ClipTable
 from karmma.data.clips import read_clip_table
 from karmma.data.config import digest
@@ -98,7 +98,15 @@ class Bench:
         return next((self.folder / "runs" / self._own(step)).iterdir())
 
     def run(self, step: Step) -> None:
-        """Run a step and keep its result; raises SystemExit if the command fails, or ends otherwise than before."""
+        """Run a step and keep its result; raises SystemExit if the command fails, or ends otherwise than before.
+
+        A sweep is not repeated: what it chose is in its result.
+        """
+        if step.name != "sweep" or self.result(step) is None:
+            self._keep(step)
+        self._hand_on(step)
+
+    def _keep(self, step: Step) -> None:
         before, runs = self.result(step), f"runs/{self._own(step)}"
         words = [self._filled(word) for word in step.words]
         if step.trains or step.name == "sweep":
@@ -114,7 +122,6 @@ class Bench:
         found |= self._karmma(step.name, words)
         if step.trains:
             found |= self._kept(step)
-        self._hand_on(step)
         found |= self._about(step)
         if before is None:
             publish_json(self.results / f"{step.name}.json", found)
@@ -158,7 +165,9 @@ class Bench:
         if step.name == "uncached":
             return {"clips": self._table("uncached.csv").n_clips}
         if step.name == "sweep":
-            return {"trials": self.scale.n_trials, "epochs": self.scale.epochs or EPOCHS[self.name][0]}
+            best = tomllib.loads((self._run(step) / "best.toml").read_text(encoding="utf-8"))["teacher"]
+            chosen = {name: best[name] for name, equals, _ in (word.partition("=") for word in step.words) if equals}
+            return {"trials": self.scale.n_trials, "epochs": best["epochs"], "chosen": chosen}
         if step.name == "efficiency":
             return {"models": read_json(self.folder / "efficiency/efficiency.json")}
         if step.name == "labels":
@@ -172,7 +181,7 @@ class Bench:
     def _hand_on(self, step: Step) -> None:
         """Put what later steps need where they look for it, and say that it is there."""
         if step.name == "sweep":
-            shutil.copy(self._run(step) / "best.toml", self.folder)
+            best_settings(self.folder, read_json(self.results / "sweep.json"))
         if step.starts:
             start_weights(self._run(step), self.mark(step))
         self.mark(step).parent.mkdir(exist_ok=True)
