@@ -139,7 +139,7 @@ def _strategies(found: Results) -> str:
 
 
 def theta_rows(found: Results) -> list[dict[str, Any]]:
-    """Return Theta, accuracy of the teacher of V and A, its GFLOPs, memory and seconds, the most tokens first."""
+    """Return Theta, accuracy of the teacher of V and A, its GFLOPs, memory and minutes, the most tokens first."""
     rows = []
     for step in (step for step in found if step.startswith("theta-")):
         theta, kept = step.removeprefix("theta-"), found[step]
@@ -152,7 +152,7 @@ def theta_rows(found: Results) -> list[dict[str, Any]]:
                 "bounds": (both.low[ACTION], both.high[ACTION]),
                 "gflops": by_theta.get(theta, {}).get("V+A"),
                 "bytes": kept["peak_bytes"],
-                "seconds": kept["seconds"],
+                "minutes": _minutes([kept]),
             }
         )
     return sorted(rows, key=lambda row: -1e9 if row["theta"] == "none" else -int(row["theta"]))
@@ -166,7 +166,7 @@ def _theta(found: Results) -> str:
             f"{100 * row['accuracy']:.1f} ({100 * row['bounds'][0]:.1f} to {100 * row['bounds'][1]:.1f})",
             "" if row["gflops"] is None else f"{row['gflops']:.2f}",
             f"{row['bytes'] / 2**30:.2f}",
-            f"{row['seconds'] / 60:.1f}",
+            row["minutes"],
         ]
         for row in theta_rows(found)
     ]
@@ -208,11 +208,15 @@ def _times(found: Results) -> str:
         "students": [step for step in found if step.rpartition("-")[0] in (*VARIANTS, *STRATEGIES)],
     }
     rows = [
-        [kind, str(len(steps)), f"{sum(found[step]['seconds'] for step in steps) / 60:.1f}"]
-        for kind, steps in kinds.items()
-        if steps
+        [kind, str(len(steps)), _minutes([found[step] for step in steps])] for kind, steps in kinds.items() if steps
     ]
     return table(["stage", "runs", "minutes, added up"], rows) + "\n" + _saved(found)
+
+
+def _minutes(kept: list[dict[str, Any]]) -> str:
+    """Add up what steps took; of those that were stopped and continued only the last part is known."""
+    at_least = "at least " if any(one.get("continued") for one in kept) else ""
+    return f"{at_least}{sum(one['seconds'] for one in kept) / 60:.1f}"
 
 
 def _saved(found: Results) -> str:

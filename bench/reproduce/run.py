@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import torch
 from inputs import best_settings, prepare, start_weights
 from karmma.data.annotations import ClipTable
 from karmma.data.clips import read_clip_table
@@ -117,6 +118,7 @@ class Bench:
         if step.name == "uncached":  # what is measured is an extraction from nothing
             shutil.rmtree(self.folder / "uncached", ignore_errors=True)
         found = {"step": step.name, "made_from": self.made_from(step), "command": " ".join(step.words)}
+        found["machine"] = _machine()
         if is_continued:  # so that nobody takes the seconds of its last part for all of it
             found["continued"] = True
         found |= self._karmma(step.name, words)
@@ -126,7 +128,11 @@ class Bench:
         if before is None:
             publish_json(self.results / f"{step.name}.json", found)
         elif before.get("evaluation", {}).get("rows") != found.get("evaluation", {}).get("rows"):
-            raise SystemExit(f"{self.name}/{step.name}: ended with other accuracies than the result that was kept.")
+            raise SystemExit(
+                f"{self.name}/{step.name}: ended with other accuracies than the result kept, which was made on "
+                f"{before.get('machine', 'a machine not named')}, this on {found['machine']}. Delete the results of "
+                "this step and of those after it to have them all of one machine."
+            )
 
     def _filled(self, word: str) -> str:
         if word.startswith("{run:"):
@@ -186,6 +192,13 @@ class Bench:
             start_weights(self._run(step), self.mark(step))
         self.mark(step).parent.mkdir(exist_ok=True)
         self.mark(step).touch()
+
+
+def _machine() -> str:
+    """Name what rounding depends on: other instructions or another torch sum up in another order."""
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = next((line.partition(": ")[2] for line in about.splitlines() if line.startswith("model name")), "a CPU")
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}"
 
 
 def _program(words: Sequence[str]) -> list[str]:
