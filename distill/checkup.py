@@ -130,8 +130,12 @@ def _judged(check: str, wrong: list[str], good: str) -> Finding:
 
 def _environment() -> Finding:
     """Hold the versions of all packages against what this one asks for."""
+    try:
+        lines = requires("karmma") or ()
+    except PackageNotFoundError:
+        return Finding("environment", "WARN", "karmma is on the path, but not installed", "pip install -e .")
     wrong = []
-    for line in requires("karmma") or ():
+    for line in lines:
         wanted = Requirement(line)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -136,6 +137,14 @@ def test_missing_codec_and_old_package_are_named(doctor, monkeypatch):
     assert "torch 2" in found["environment"][1]
     assert "no karmma-none" in found["environment"][1]
     assert "gradio" not in found["environment"][1]
+
+
+def test_package_that_is_on_the_path_but_not_installed_is_a_warning(doctor, monkeypatch):
+    def no_package(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(module, "requires", no_package)
+    assert doctor("--clips", "1")["environment"][0] == "WARN"
 
 
 def test_without_a_table_the_machine_alone_is_looked_at(tmp_path, monkeypatch, give):
