@@ -102,8 +102,12 @@ class Checkup:
             return Finding("disk", "WARN", f"what the cache will take is not known: {error}", "see weights below")
         path = Path(cache).absolute()
         where = next(folder for folder in (path, *path.parents) if folder.exists())
-        held = sum(sizes(path).values())
-        wanted = max(0.0, found.tokens_gb + found.logits_gb - held / 1e9) + self.student.decoded_gb
+        needed = {
+            path / "tokens": found.tokens_gb,
+            path / "logits": found.logits_gb,
+            Path(self.data.inputs): self.student.decoded_gb,
+        }
+        wanted = sum(max(0.0, gb - sum(sizes(folder).values()) / 1e9) for folder, gb in needed.items())
         free = shutil.disk_usage(where).free / 1e9
         said = f"{wanted:.2f} GB are needed, {free:.1f} GB are free at {where}"
         step = "free space, name another --cache, or lower --theta or --views"
