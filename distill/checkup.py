@@ -118,7 +118,8 @@ class Checkup:
     def _weights(self) -> Iterator[Finding]:
         """Build the backbones of the teacher and of the student with their weights, and say where one is not there."""
         for role, config in (("teacher", self.extract), ("student", self.student)):
-            for modality in (self.student.modalities if role == "student" else ()) or self.data.modalities:
+            chosen = self.student.modalities if role == "student" else None
+            for modality in chosen or self.data.read_modalities:
                 yield _backbone(role, getattr(config, modality), modality, self.data.input_shape(modality))
 
 
