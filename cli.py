@@ -171,7 +171,7 @@ def distil(
         plan = plan_student(settings.table(), settings.data, settings.student)
         if n_checked:
             return would(f"Would hold logits of {plan.teacher.digest} for {n_checked} clips against a live teacher")
-        modalities = settings.student.modalities or settings.data.modalities
+        modalities = settings.student.modalities_of(settings.data)
         return _would_train(plan.run, plan.run.is_finished, modalities, settings.student)
     if n_checked:
         return _check_teacher(settings, n_checked)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Answer, Settings, chosen_runs, out, tell, with_options, would
+from .cli_options import Answer, Settings, chosen_student, out, tell, with_options, would
 from .data.runs import RunFolder
 
 ENDS = (signal.SIGINT, signal.SIGTERM)
@@ -36,8 +36,7 @@ def app(
       karmma app
       karmma app runs/student-0123abcd --port 8000 --no-browser
     """
-    (folder,) = chosen_runs(settings, [run] if run else [])
-    tell(f"Run: {folder.path}")
+    folder = chosen_student(settings, run)
     if settings.dry_run:
         return would(f"Would serve {folder.path} at {host}, port {port}", run=folder.path)
     address = _serve_until_ended(folder, settings, (host, port), browser, device)

@@ -190,10 +190,11 @@ def adopt(
     Examples:
       karmma cache adopt 1a2b3c4d5e6f7081 --sample 32
     """
-    from .extract.adopt import adopt_tokens
+    from .extract.adopt import adopt_tokens, modality_of
 
     table, cache = settings.table(), Cache.open(settings.data.cache)
     if settings.dry_run:
+        modality_of(cache, name)
         return would(f"Would make {sample} clips anew and hold tokens {name} of {cache.path} against them")
     found = adopt_tokens(cache, table, name, settings.data, settings.extract, sample)
     tell_some([f"differs: {change}" for change in found.changes])

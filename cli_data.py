@@ -1,6 +1,7 @@
 """`karmma init` and `karmma check`: a settings file to start from, and whether the clips it names are all there."""
 
 from collections import Counter
+from glob import escape, glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,9 +20,17 @@ if TYPE_CHECKING:
     from .data.starter import Starter
 
 
+def _places(incomplete: str) -> list[str]:
+    """Return what completes the beginning of a data set's name, or of a folder's."""
+    folders = glob(f"{escape(incomplete)}*/")
+    return [*(name for name in ("epic", "ssv2") if name.startswith(incomplete)), *folders]
+
+
 @with_flags
 def init(
-    what: Annotated[str, typer.Argument(metavar="epic|ssv2|FOLDER", help="a data set, or a folder of clips")] = ".",
+    what: Annotated[
+        str, typer.Argument(metavar="epic|ssv2|FOLDER", help="a data set, or a folder of clips", autocompletion=_places)
+    ] = ".",
     *,
     dry_run: bool,
     annotations: Annotated[Path | None, typer.Option(help="folder of the official annotation files")] = None,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .cli_options import Answer, Settings, chosen_runs, out, tell, with_options, would
+from .cli_options import Answer, Settings, chosen_student, out, tell, with_options, would
 from .data.runs import RunFolder
 
 
@@ -33,15 +33,14 @@ def export(
     """
     if licence and kind != "hub":
         raise typer.BadParameter("--license goes into a model card: it needs --format hub.")
-    (folder,) = chosen_runs(settings, [run] if run else [])
-    tell(f"Run: {folder.path}")
+    folder = chosen_student(settings, run)
     if settings.dry_run:
         return would(f"Would export {folder.path} as {kind} to {output or folder.path}", run=folder.path)
     if kind == "hub":
         from .distill.hub import save_student
 
         path = save_student(folder, output, licence)
-        tell(f"Wrote {path}: model.safetensors, config.json and README.md, the model card.")
+        tell(f"Wrote {path}: model.safetensors, config.json and README.md. Next: read the latter, the model card.")
         return Answer({"run": folder.path, "path": path})
     return _exported(folder, kind, output)
 
@@ -52,7 +51,7 @@ def _exported(folder: RunFolder, kind: str, output: Path | None) -> Answer:
 
     report = export_student(folder, kind, output)
     if report.was_there:
-        tell("Nothing to do: this was exported already.")
+        tell(f"Nothing to do: {report.path} was exported already.")
     size, found = report.path.stat().st_size / 1e6, report.agreement
     out.print(
         f"{report.path}: {size:.1f} MB, {found.n_clips} clips compared with the student, "
@@ -61,5 +60,6 @@ def _exported(folder: RunFolder, kind: str, output: Path | None) -> Answer:
         markup=False,
         highlight=False,
     )
-    tell(f"Wrote {report.path}; its inputs, outputs and classes are in {report.about}.")
+    wrote = "" if report.was_there else f"Wrote {report.path}. "
+    tell(f"{wrote}Next: read {report.about}, its inputs, outputs and classes.")
     return Answer({"run": folder.path, "bytes": report.path.stat().st_size, **vars(report)})

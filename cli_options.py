@@ -269,3 +269,13 @@ def chosen_runs(settings: Settings, folders: Sequence[Path]) -> list[RunFolder]:
     """Return the finished runs that are named, each once: twice is no second seed; if none is, the latest student."""
     runs = [RunFolder.open(folder) for folder in folders]
     return list({run.path.resolve(): run for run in runs}.values()) or [latest_run(settings.data.runs, "student")]
+
+
+def chosen_student(settings: Settings, folder: Path | None) -> RunFolder:
+    """Return the finished run that is named, or the latest student; raises RunError if it is a teacher's."""
+    from .distill.student import student_settings  # torch, which --help does not wait for
+
+    (run,) = chosen_runs(settings, [folder] if folder else [])
+    student_settings(run.config, run.path, settings.data.flow_weights)
+    tell(f"Run: {run.path}")
+    return run

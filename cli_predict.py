@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import SOME_FAILED, Answer, Settings, chosen_runs, out, tell, tell_some, with_options, would
+from .cli_options import SOME_FAILED, Answer, Settings, chosen_student, out, tell, tell_some, with_options, would
 from .data.config import DataConfig
 from .data.errors import ConfigError, MediaError, printable
 from .data.modality import letters
@@ -63,12 +63,11 @@ def predict(
     """
     sources = {name: path for name, path in (("audio", audio), ("flow", flow), ("detections", detections)) if path}
     asked = _Asked(named, sources, window, stride, csv, video)
-    (folder,) = chosen_runs(settings, [run] if run else [])
+    folder = chosen_student(settings, run)
     from .distill.predictor import load
 
     predictor, said = load(folder.path, device, settings.data.flow_weights), _Said()
     chosen = predictor.known(",".join(modalities) if modalities else None)
-    tell(f"Run: {folder.path}")
     clips = asked.clips(predictor, settings.data, said)
     if settings.dry_run:
         if not clips:
@@ -83,6 +82,7 @@ def predict(
     is_drawn = asked.write(clips, said, top)
     is_whole = not said.tell_failures() and is_drawn
     records = {"predictions": [one.record(top) for one in said.good], "failed": [one.record() for one in said.failed]}
+    tell(f"Next: karmma app {folder.path}, to switch modalities and see what the student is given")
     return Answer({"run": folder.path, **records}, 0 if is_whole else SOME_FAILED)
 
 

@@ -89,7 +89,7 @@ def _efficiency(
     for model in found:
         _print(model)
     files = write_efficiency(found, where)
-    tell("Wrote " + ", ".join(str(path) for path in files))
+    tell(f"Wrote {', '.join(str(path) for path in files)}. Next: {'karmma report' if folders else 'karmma extract'}")
     return Answer({"models": found, "files": files})
 
 

@@ -16,7 +16,7 @@ from .annotations import ClipTable
 from .config import digest
 from .errors import CacheError, IncompleteCacheError, cause
 from .leases import Leases
-from .modality import MODALITIES
+from .modality import MODALITIES, is_own
 from .places import names, place, read_bytes, sizes, storage_errors
 from .publish import publish, publish_json, read_json, read_json_files, sweep, withdraw
 from .shards import shard_file, state_file
@@ -171,6 +171,11 @@ class Cache:
         # A name with a dot is what a killed process was removing.
         return {file.parent.name: read_json(file) for file in files if not file.parent.name.startswith(".")}
 
+    def modalities(self) -> list[str]:
+        """Return the modalities that tokens may be of: all that are known, and one's own that are here."""
+        here = {*names(self.path / "tokens"), *names(self.path / "receipts" / "tokens")}
+        return [*MODALITIES, *sorted(filter(is_own, here))]
+
     def store_names(self, modality: str) -> list[str]:
         """Return the digests of a modality that anything is there of: an identity, a receipt or a store."""
         stores = [name for name in names(self.path / "tokens" / modality) if name.endswith(".zarr")]
@@ -183,7 +188,7 @@ class Cache:
 
     def all_identities(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Return the identity of every token store, by (modality, digest)."""
-        return {(m, name): fields for m in MODALITIES for name, fields in self.identities(m).items()}
+        return {(m, name): fields for m in self.modalities() for name, fields in self.identities(m).items()}
 
     def write_identity(self, modality: str, name: str, fields: dict[str, Any]) -> None:
         """Record what a store's digest stands for."""

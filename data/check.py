@@ -34,7 +34,7 @@ def check_clips(table: ClipTable, data: DataConfig, count: Callable[[int], None]
     length = lru_cache(maxsize=256)(_length)
     for row in range(table.n_clips):
         clip = table.clip(row)
-        reasons = [reason for name in data.modalities if (reason := _source_problem(clip, name, data))]
+        reasons = [reason for name in data.read_modalities if (reason := _source_problem(clip, name, data))]
         reasons += [reason] if (reason := _video_problem(clip, length)) else []
         reasons += untrained.get(row, [])
         bad += [BadRow(table.path, "clip", row + 1, clip.clip_id, reason) for reason in dict.fromkeys(reasons)]
@@ -97,7 +97,7 @@ def unreadable_frames(
     design is no failure.
     """
     is_computed = data.flow_method != "released"
-    wanted = {"video" if m == "flow" and is_computed else m for m in data.modalities}
+    wanted = {"video" if m == "flow" and is_computed else m for m in data.read_modalities}
     seen, heard = tuple(sorted(wanted - {"audio"})), tuple(wanted & {"audio"})
     length, failed = lru_cache(maxsize=256)(_length), {}
     with ReaderPool(n_readers, data.model_copy(update={"frames": 2})) as readers:

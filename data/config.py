@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from .modality import in_order
+from .modality import in_order, is_own
 from .places import is_address
 
 # What `video_files` and its like may name of a clip.
@@ -202,6 +202,11 @@ class DataConfig(StageConfig):
                 f"they must agree within one hop, so set audio_steps to {round(samples / self.audio_hop)}"
             )
         return self
+
+    @property
+    def read_modalities(self) -> tuple[str, ...]:
+        """Those modalities that are read from files; tokens of one's own are imported."""
+        return tuple(name for name in self.modalities if not is_own(name))
 
     def input_shape(self, modality: str) -> tuple[int, ...]:
         """Return the shape of one clip's array: [T, 3, H, W], audio [T, mels, steps], detections [T, n, 6]."""

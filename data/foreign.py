@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .annotations import ClipTable
-from .errors import CacheError, MediaError, nearest
-from .modality import MODALITIES, in_order
+from .errors import CacheError, ConfigError, MediaError
+from .modality import in_order
 from .packs import intact, member
 
 if TYPE_CHECKING:
@@ -70,9 +70,10 @@ class ForeignFile:
         if "tokens" not in self.file and not self.has_logits:
             raise CacheError(f"{self.path}: neither tokens nor logits in it. docs/cache.md says how such a file looks.")
         names = list(self.group("tokens")) if "tokens" in self.file else []
-        for name in set(names) - set(MODALITIES):
-            raise CacheError(f"{self.path}: tokens/{name} is of no known modality. {nearest(name, MODALITIES)}")
-        return list(in_order(names)) if names else []
+        try:
+            return list(in_order(names)) if names else []
+        except ConfigError as error:
+            raise CacheError(f"{self.path}: tokens: {error} A modality of your own is called own_NAME.") from None
 
     @property
     def has_logits(self) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import DataConfig
 from .flow_methods import flow_identity
+from .modality import is_own
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,12 @@ def major(package: str) -> str:
 
 
 def input_identity(modality: str, data: DataConfig) -> dict[str, Any]:
-    """Return everything that decides what a model sees of a clip's `modality`, apart from the clip itself."""
+    """Return everything that decides what a model sees of a clip's `modality`, apart from the clip itself.
+
+    Nothing for a modality of one's own: what imported features were made from is known to whoever imported them.
+    """
+    if is_own(modality):
+        return {}
     decoders = {"flow": ["av", "opencv-python-headless"], "detections": []}.get(modality, ["av"])
     settings = data.input_settings(modality)
     method = flow_identity(data) if modality == "flow" else {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from .cache import Cache
 from .errors import CacheError
-from .modality import MODALITIES, PRESENT
+from .modality import PRESENT
 from .places import exists, place, sizes
 from .publish import read_json, remove
 from .runs import RunFolder
@@ -50,7 +50,7 @@ class StoreInfo:
 def take_inventory(cache: Cache) -> list[StoreInfo]:
     """List every store of a cache: tokens by modality, then logits."""
     known = cache.all_identities()
-    names = [(modality, name) for modality in MODALITIES for name in cache.store_names(modality)]
+    names = [(modality, name) for modality in cache.modalities() for name in cache.store_names(modality)]
     tokens = [_tokens(cache, *key, known.get(key)) for key in names]
     return [*filter(None, tokens), *(_logits(cache, name) for name in logit_names(cache))]
 

@@ -80,6 +80,8 @@ def intact(path: Path) -> Iterator[None]:
         yield
     except KarmmaError:
         raise
+    except FileNotFoundError:
+        raise MediaError(f"{path}: no such file, expected HDF5. Correct the name.") from None
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise MediaError(f"{path}: cannot be read as HDF5: {error}. Fetch the pack again.") from None
 

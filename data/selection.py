@@ -10,6 +10,7 @@ from .cache import Cache, table_digests
 from .config import DataConfig
 from .errors import CacheError, IncompleteCacheError, StaleCacheError, nearest
 from .identity import differences, input_identity
+from .modality import is_own
 from .stores import TokenStore
 
 
@@ -46,10 +47,11 @@ def select_stores(cache: Cache, table: ClipTable, data: DataConfig, chosen: Mapp
             selection.stores[modality] = asked[complete[0]]
             continue
         n = min(missing.values(), default=table.n_clips)
-        said = f"{n} of {table.n_clips} clips are not extracted as the table has them"
+        command, done = ("cache import", "imported") if is_own(modality) else ("extract", "extracted")
+        said = f"{n} of {table.n_clips} clips are not {done} as the table has them"
         if asked:  # begun, or damaged since: to go on without it would pass for what was asked
             raise IncompleteCacheError(
-                f"{cache.path}: {modality}: {said}. Run karmma extract, or name the other modalities with --modality."
+                f"{cache.path}: {modality}: {said}. Run karmma {command}, or name the other modalities with --modality."
             )
         selection.left_out[modality] = said
     if not selection.stores:

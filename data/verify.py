@@ -15,7 +15,7 @@ from .cache import Cache
 from .config import digest
 from .errors import CacheError, printable
 from .inventory import logit_names
-from .modality import MODALITIES, PRESENT, STATE_NAMES, UNWRITTEN
+from .modality import PRESENT, STATE_NAMES, UNWRITTEN
 from .publish import read_json
 from .shards import shard_file, state_file
 from .stores import LogitStore, TokenStore
@@ -111,7 +111,7 @@ def verify(cache: Cache, advance: Callable[[], object] = lambda: None) -> Iterat
 
 def _stores(cache: Cache) -> Iterator[tuple[str, str, int, dict[int, dict[str, Any] | None]]]:
     """Yield modality, digest, view and all receipts of a view, those of missing files too."""
-    for modality in MODALITIES:
+    for modality in cache.modalities():
         for name in cache.store_names(modality):
             for view in range(cache.n_views(modality, name)):
                 yield modality, name, view, cache.found_receipts(modality, name, view)
@@ -119,7 +119,7 @@ def _stores(cache: Cache) -> Iterator[tuple[str, str, int, dict[int, dict[str, A
 
 def _wrong_identities(cache: Cache) -> Iterator[Damage]:
     """Yield each identity that is not there or not the one whose digest names its store."""
-    for modality in MODALITIES:
+    for modality in cache.modalities():
         for name in cache.store_names(modality):
             file = cache.receipts(modality, name) / "identity.json"
             try:

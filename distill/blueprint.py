@@ -72,7 +72,7 @@ def teacher_blueprint(
     data: DataConfig, extract: ExtractConfig, config: TeacherConfig, n_classes: Mapping[str, int]
 ) -> Blueprint:
     """Return the teacher that some settings describe."""
-    backbones = {modality: getattr(extract, modality) for modality in data.modalities}
+    backbones = {modality: getattr(extract, modality) for modality in data.read_modalities}
     return Blueprint("teacher", data, backbones, config.theta or extract.theta, config, n_classes, is_frozen=True)
 
 

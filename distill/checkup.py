@@ -102,8 +102,12 @@ class Checkup:
             return Finding("disk", "WARN", f"what the cache will take is not known: {error}", "see weights below")
         path = Path(cache).absolute()
         where = next(folder for folder in (path, *path.parents) if folder.exists())
-        held = sum(sizes(path).values())
-        wanted = max(0.0, found.tokens_gb + found.logits_gb - held / 1e9) + self.student.decoded_gb
+        needed = {
+            path / "tokens": found.tokens_gb,
+            path / "logits": found.logits_gb,
+            Path(self.data.inputs): self.student.decoded_gb,
+        }
+        wanted = sum(max(0.0, gb - sum(sizes(folder).values()) / 1e9) for folder, gb in needed.items())
         free = shutil.disk_usage(where).free / 1e9
         said = f"{wanted:.2f} GB are needed, {free:.1f} GB are free at {where}"
         step = "free space, name another --cache, or lower --theta or --views"
@@ -114,7 +118,8 @@ class Checkup:
     def _weights(self) -> Iterator[Finding]:
         """Build the backbones of the teacher and of the student with their weights, and say where one is not there."""
         for role, config in (("teacher", self.extract), ("student", self.student)):
-            for modality in (self.student.modalities if role == "student" else ()) or self.data.modalities:
+            chosen = self.student.modalities if role == "student" else None
+            for modality in chosen or self.data.read_modalities:
                 yield _backbone(role, getattr(config, modality), modality, self.data.input_shape(modality))
 
 
@@ -130,8 +135,12 @@ def _judged(check: str, wrong: list[str], good: str) -> Finding:
 
 def _environment() -> Finding:
     """Hold the versions of all packages against what this one asks for."""
+    try:
+        lines = requires("karmma") or ()
+    except PackageNotFoundError:
+        return Finding("environment", "WARN", "karmma is on the path, but not installed", "pip install -e .")
     wrong = []
-    for line in requires("karmma") or ():
+    for line in lines:
         wanted = Requirement(line)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue

@@ -4,8 +4,9 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from ..data.config import Names, Theta, ours, paper
-from ..data.modality import in_order
+from ..data.config import DataConfig, Names, Theta, ours, paper
+from ..data.errors import ConfigError
+from ..data.modality import in_order, is_own
 from ..extract.config import BackboneConfig, backbone
 from ..fuse.config import Missing, TrainingConfig
 
@@ -82,7 +83,22 @@ class StudentConfig(TrainingConfig):
     @field_validator("modalities")
     @classmethod
     def _in_order(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        own = [name for name in value or () if is_own(name)]
+        if own:
+            raise ValueError(f"a student starts from raw clips, and {own[0]} is imported; leave it to the teacher")
         return value and in_order(value)
+
+    def modalities_of(self, data: DataConfig) -> tuple[str, ...]:
+        """Return the student's modalities: its own choice, else all of the data that are read from files.
+
+        Raises ConfigError if there are none.
+        """
+        if not (self.modalities or data.read_modalities):
+            raise ConfigError(
+                f"data.modalities: only {', '.join(data.modalities)}, which is imported; a student starts from raw "
+                "clips. Name its modalities with --modality."
+            )
+        return self.modalities or data.read_modalities
 
 
 def _is_same(asked: Any, value: Any) -> bool:

@@ -32,7 +32,7 @@ class DataSet:
     def of(cls, table: ClipTable, data: DataConfig) -> Self:
         """Return the numbers of a clip table of one's own."""
         n_train, n_classes = len(table.rows("train")), {head: len(table.classes(head)) for head in data.heads}
-        return cls(str(table.path), n_train, table.n_clips - n_train, data.modalities, n_classes)
+        return cls(str(table.path), n_train, table.n_clips - n_train, data.read_modalities, n_classes)
 
 
 # Rows of the official annotation files.  Ego4D has no list of action segments for all of it: its 3,670 hours (Grauman

@@ -62,7 +62,7 @@ def distill_student(table: ClipTable, data: DataConfig, config: StudentConfig) -
             Distillation(table, data, config, plan.teacher, known, device) as course,
         ):
             course.train(run, plan.described)
-    return StudentReport(run.path, plan.teacher.digest, config.modalities or data.modalities, run.result, was_there)
+    return StudentReport(run.path, plan.teacher.digest, config.modalities_of(data), run.result, was_there)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plan_student(table: ClipTable, data: DataConfig, config: StudentConfig) -> S
 
 def describe_run(table: ClipTable, data: DataConfig, config: StudentConfig, teacher: CachedTeacher) -> dict[str, Any]:
     """Return all that decides a student: settings, inputs, teacher, clips and labels; no paths, no devices."""
-    modalities = config.modalities or data.modalities
+    modalities = config.modalities_of(data)
     unused = set(MODALITIES) - set(modalities)
     settings = config.model_dump(mode="json", exclude={*NOT_DECISIVE, *unused})
     for modality in modalities:

@@ -21,7 +21,7 @@ NO_WEIGHTS = Path("not-named")  # of RAFT, where nobody reads clips
 
 def student_backbones(data: DataConfig, config: StudentConfig) -> dict[str, BackboneConfig]:
     """Return which backbone the student has for each of its modalities."""
-    return {modality: getattr(config, modality) for modality in config.modalities or data.modalities}
+    return {modality: getattr(config, modality) for modality in config.modalities_of(data)}
 
 
 def build_student(

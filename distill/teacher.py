@@ -128,7 +128,7 @@ def known_views(cache: Cache, table: ClipTable, data: DataConfig, config: Studen
     So a student without teacher sees the same views as one with it.
     """
     found = []
-    for modality in config.modalities or data.modalities:
+    for modality in config.modalities_of(data):
         whole = _whole_stores(cache, table, modality, data).values()
         found.append(max((n_whole_views(cache, table, modality, store) for store in whole), default=1))
     return max(1, min(found))
@@ -146,7 +146,7 @@ def known_present(
         return None
     columns: list[np.ndarray] = []
     failed: dict[str, str] = {}
-    for modality in config.modalities or data.modalities:
+    for modality in config.modalities_of(data):
         whole = _whole_stores(cache, table, modality, data)
         if not whole:
             return None

@@ -40,6 +40,14 @@ class Adoption:
     n_rows: int
 
 
+def modality_of(cache: Cache, name: str) -> str:
+    """Return the modality of the store `name`; raises CacheError if there is none."""
+    known = {digest: modality for modality, digest in cache.all_identities()}
+    if name not in known:
+        raise CacheError(f"{cache.path}: no tokens {name!r}. {nearest(name, known)}")
+    return known[name]
+
+
 def adopt_tokens(
     cache: Cache, table: ClipTable, name: str, data: DataConfig, config: ExtractConfig, n_sample: int
 ) -> Adoption:
@@ -49,10 +57,7 @@ def adopt_tokens(
     store, if its clips are not those of the table, or if a token of the sample is not the stored one: a cosine below
     0.9999, or as far away for its length.
     """
-    known = {digest: modality for modality, digest in cache.all_identities()}
-    if name not in known:
-        raise CacheError(f"{cache.path}: no tokens {name!r}. {nearest(name, known)}")
-    modality = known[name]
+    modality = modality_of(cache, name)
     cache.add_clips(table)
     store = open_stores(cache, data.model_copy(update={"modalities": (modality,)}), config)[modality]
     if store.path.stem == name:

@@ -105,7 +105,7 @@ ASKED = {
     ("cache", "info"): ((), "Would list the stores of cache"),
     ("cache", "verify"): ((), "Would read 6 shards and all logits of cache"),
     ("cache", "merge"): (("cache", "--cache", "other"), "Would take over into other what it lacks of cache (3 stores)"),
-    ("cache", "adopt"): (("1a2b3c4d5e6f7081",), "Would make 16 clips anew and hold tokens 1a2b3c4d5e6f7081"),
+    ("cache", "adopt"): (("AUDIO",), "Would make 16 clips anew and hold tokens "),
     ("cache", "prune"): (("--runs", "sample"), "Would remove 3 stores of cache"),
     ("cache", "export"): (("t.h5",), "Would write audio, detections of cache to t.h5"),
     ("cache", "import"): (("tokens.h5", "--cache", "other"), "Would take audio, detections of tokens.h5 into other"),
@@ -119,6 +119,9 @@ def test_every_command_is_asked():
 @pytest.mark.parametrize("words", ASKED, ids=" ".join)
 def test_dry_run_says_what_would_be_done_and_writes_nothing(here, give, words):
     options, says = ASKED[words]
+    if options == ("AUDIO",):
+        (store,) = (here / "cache/tokens/audio").glob("*.zarr")
+        options = (store.stem,)
     before = files(here)
     code, out, err = give(*words, *options, "--dry-run", "--json")
     assert code == 0, err
@@ -198,6 +201,15 @@ def test_exit_code_is_the_same_with_json(here, give):
     assert damage["file"] == str(shard)
 
 
+@pytest.mark.parametrize("words", [("export", "TEACHER"), ("app", "TEACHER"), ("cache", "adopt", "1a2b3c4d5e6f7081")])
+def test_dry_run_promises_nothing_that_is_refused(here, give, words):
+    (teacher,) = (here / "runs").glob("teacher-*")
+    words = [str(teacher) if word == "TEACHER" else word for word in words]
+    (dry_code, _, dry), (code, _, err) = give(*words, "--dry-run"), give(*words)
+    assert (dry_code, code) == (1, 1)
+    assert dry.strip().splitlines()[-1] == err.strip().splitlines()[-1]
+
+
 def test_error_of_the_users_has_a_traceback_with_debug_alone(tmp_path, monkeypatch, give):
     monkeypatch.chdir(tmp_path)
     for more, n_tracebacks in ((), 0), (("--debug",), 1):
@@ -215,9 +227,13 @@ def test_error_of_the_users_has_a_traceback_with_debug_alone(tmp_path, monkeypat
         (("distill", "--missing", "B.2"), ["B.2"]),
         (("extract", "--modality", "f"), ["flow"]),
         (("cache", "ver"), ["verify"]),
+        (("init", "e"), ["epic"]),
+        (("init", "cl"), ["clips/"]),
     ],
 )
-def test_shell_completes_commands_options_and_their_values(typed, offered):
+def test_shell_completes_commands_options_and_their_values(typed, offered, tmp_path, monkeypatch):
+    (tmp_path / "clips").mkdir()
+    monkeypatch.chdir(tmp_path)
     line = {"COMP_WORDS": " ".join(("karmma", *typed)), "COMP_CWORD": str(len(typed))}
     asked = {"_KARMMA_COMPLETE": "complete_bash", **line}
     code = "import sys; sys.argv[0] = 'karmma'; from karmma.cli import main; main()"

@@ -343,7 +343,7 @@ def test_backbone_of_the_page_is_found_and_trains(run_example):
 
 def test_modality_of_the_page_goes_into_the_cache(run_example):
     run_example("docs/modalities.md", quickly=True)
-    (store,) = Path("cache/tokens/detections").glob("*.zarr")
+    (store,) = Path("cache/tokens/own_imu").glob("*.zarr")
     found = TokenStore.open(store)
     assert found.tokens.shape == (24, 1, 8, 12)
     assert np.isfinite(found.read(np.arange(3), 0)).all()

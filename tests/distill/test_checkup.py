@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -127,6 +128,18 @@ def test_disk_that_is_too_small_fails_and_a_scarce_one_warns(doctor, monkeypatch
         assert found["disk"][0] == verdict
 
 
+def test_disk_counts_what_is_there_of_tokens_and_of_decoded_clips_alone(doctor, tmp_path):
+    def needed():
+        return float(doctor("--clips", "1", "--set", "student.decoded_gb=0.5")["disk"][1].split(" GB")[0])
+
+    before = needed()
+    for name, n_bytes in (("cache/clips.parquet", 10**8), ("inputs/video/1.npy", 2 * 10**8)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(n_bytes)
+    assert needed() == pytest.approx(before - 0.2)
+
+
 def test_missing_codec_and_old_package_are_named(doctor, monkeypatch):
     monkeypatch.setattr(check_module, "CODECS", ("h264", "cinepak2000"))
     monkeypatch.setattr(module, "requires", lambda name: ["torch>=99", "karmma-none>=1", 'gradio>=5; extra == "app"'])
@@ -136,6 +149,14 @@ def test_missing_codec_and_old_package_are_named(doctor, monkeypatch):
     assert "torch 2" in found["environment"][1]
     assert "no karmma-none" in found["environment"][1]
     assert "gradio" not in found["environment"][1]
+
+
+def test_package_that_is_on_the_path_but_not_installed_is_a_warning(doctor, monkeypatch):
+    def no_package(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(module, "requires", no_package)
+    assert doctor("--clips", "1")["environment"][0] == "WARN"
 
 
 def test_without_a_table_the_machine_alone_is_looked_at(tmp_path, monkeypatch, give):
