@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,27 @@ def test_changed_settings_make_only_what_they_decide_pending(grid):
     names = {step.name for step in grid.pending()}
     assert {"karmma-0", "baseline-2", "B.1-0", "start-flow", "efficiency"} <= names
     assert not names & {"extract", "sweep", "teacher", "theta-48", "uncached"}
+
+
+def test_weights_of_other_settings_are_made_again_before_a_student_starts_from_them(grid):
+    finish(grid, *grid.steps)
+    grid.settings = grid.settings.replace("[student]\n", "[student]\nbatch_size = 8\n")
+    starts = {"tokens-video", "start-video", "start-flow", "start-audio"}
+    assert {step.name for step in grid.pending("karmma-1")} == {"karmma-1", *starts}
+
+
+def test_other_clips_make_everything_pending(bench, grid, tmp_path):
+    finish(grid, *grid.steps)
+    fewer = replace(bench["plan"].FULL, keep_every=2)
+    other = bench["run"].Bench("grid", fewer, grid.folder, grid.results)
+    assert len(other.pending()) == len(other.steps)
+
+
+def test_step_that_left_two_runs_stops(grid):
+    for name in ("one", "two"):
+        (grid.folder / "runs" / grid._own(grid.steps["karmma-0"]) / name).mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2 runs, expected one"):
+        grid._run(grid.steps["karmma-0"])
 
 
 def column(label, mean, *rates):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from karmma.data.publish import written_by
 from karmma.data.sample import write_sample
 from plan import Scale
 from safetensors.torch import load_file, save_file
@@ -34,7 +35,8 @@ def prepare(name: str, settings: str, folder: Path, shared: Path, results: Path,
         some = _rows(folder / "sample/clips.csv")
         for row in some[1:]:  # a table that lies elsewhere
             row[1] = f"sample/{row[1]}"
-    _write(folder / "uncached.csv", [some[0], *some[1 :: len(some) // scale.n_uncached][: scale.n_uncached]])
+    for name, n in (("uncached", scale.n_uncached), ("few", scale.n_few)):
+        _write(folder / f"{name}.csv", [some[0], *some[1 :: len(some) // n][:n]])
 
 
 def best_settings(folder: Path, sweep: Mapping[str, Any]) -> None:
@@ -48,7 +50,9 @@ def start_weights(run: Path, path: Path) -> None:
     """Write the only backbone of a run, at its best epoch, as weights to start from; float16, since they are kept."""
     tensors = load_file(run / "best.safetensors")
     found = {name.split(".", 2)[2]: value for name, value in tensors.items() if name.startswith("backbones.")}
-    save_file({name: value.half() if value.is_floating_point() else value for name, value in found.items()}, path)
+    kept = {name: value.half() if value.is_floating_point() else value for name, value in found.items()}
+    with written_by(path) as half:
+        save_file(kept, half)
 
 
 def _copy_rows(table: Path, into: Path, keep_every: int) -> None:

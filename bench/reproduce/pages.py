@@ -127,7 +127,10 @@ def _rates(found: Results) -> str:
     if not columns:
         return ""
     rates = list(columns[0].rates)
-    rows = [[column.label, *(percent(*column.rates[rate]) for rate in rates)] for column in columns]
+    rows = []
+    for column in columns:  # the deviation of a single run is over draws, not seeds
+        found_here = [column.rates[rate] if len(column.runs) > 1 else column.rates[rate][:1] for rate in rates]
+        rows.append([column.label, *(percent(*one) for one in found_here)])
     return table(["missing", *(f"{100 * rate:.0f} %" for rate in rates)], rows)
 
 
@@ -205,7 +208,8 @@ def _times(found: Results) -> str:
         "the teacher": ["teacher"],
         "teachers of the Theta ablation": [step for step in found if step.startswith("theta-")],
         "first weights of the student's backbones": [step for step in found if step.startswith(("start-", "tokens-"))],
-        "students": [step for step in found if step.rpartition("-")[0] in (*VARIANTS, *STRATEGIES)],
+        "students": [step for step in found if step.rpartition("-")[0] in (*VARIANTS, *STRATEGIES, "soft")],
+        "what was measured beside": [step for step in found if step in ("uncached", "few", "labels", "efficiency")],
     }
     rows = [
         [kind, str(len(steps)), _minutes([found[step] for step in steps])] for kind, steps in kinds.items() if steps
@@ -220,17 +224,18 @@ def _minutes(kept: list[dict[str, Any]]) -> str:
 
 
 def _saved(found: Results) -> str:
-    clips, uncached, sweep = found["extract"]["clips"], found["uncached"], found["sweep"]
-    a_clip = uncached["seconds"] / uncached["clips"]
+    clips, uncached, few, sweep = (found["extract"]["clips"], *(found[step] for step in ("uncached", "few", "sweep")))
+    a_clip = (uncached["seconds"] - few["seconds"]) / (uncached["clips"] - few["clips"])
     n = sweep["trials"] * sweep["epochs"] * (clips["train"] + clips["val"])
     live, cached = a_clip * n, found["extract"]["seconds"] + sweep["seconds"]
     taken = f"{sweep['trials']} teachers of {sweep['epochs']} epochs"
+    at_least = "at least " if found["extract"].get("continued") or sweep.get("continued") else ""
     n_clips = f"{clips['train'] + clips['val']:,} clips"
     return (
-        f"A sweep of {taken} took {cached / 3600:.2f} h, extraction included. Without a cache each epoch would run the "
-        f"frozen backbones on {n_clips} anew: at the {a_clip:.2f} s a clip measured on {uncached['clips']}, start-up "
-        f"included, that is **{live / 3600:.1f} h (scaled, not run)** beside the heads themselves, {live / cached:.1f} "
-        "times as long.\n"
+        f"A sweep of {taken} took {at_least}{cached / 3600:.2f} h, extraction included. Without a cache each epoch "
+        f"would run the frozen backbones on {n_clips} anew: at the {a_clip:.2f} s a clip that {uncached['clips']} "
+        f"take more than {few['clips']}, so without start-up, that is **{live / 3600:.1f} h (scaled, not run)** beside "
+        f"the heads themselves, {live / cached:.1f} times as long.\n"
     )
 
 
@@ -270,6 +275,8 @@ def _claims(found: Results) -> str:
     means: dict[str, list[float]] = {}
     for run in evaluations(found, main_steps(found)):
         means.setdefault(run.label, []).append(statistics.fmean(row.accuracy[ACTION] for row in run.of("all")))
+    if any(len(runs) == 1 for runs in means.values()):  # without a deviation nothing is shown
+        return ""
     rows = claims(columns, means, costs(found) if "efficiency" in found else [])
     return table(["expected", "found, ± standard error", ""], rows)
 

@@ -18,8 +18,8 @@ TEMPERATURE = "4"  # of Hinton et al. (2015), where the paper has 1
 class Scale:
     """How much of it all is done.
 
-    keep_every: one in so many of the grid's sentences.  n_sample: clips of the sample data.  n_uncached: clips that the
-    time without a cache is measured on.  epochs: of every training; None: those of the settings.
+    keep_every: one in so many of the grid's sentences.  n_sample: clips of the sample data.  n_uncached, n_few: clips
+    that the time without a cache is measured on.  epochs: of every training; None: those of the settings.
     """
 
     keep_every: int
@@ -29,6 +29,7 @@ class Scale:
     epochs: int | None
     n_trials: int
     thetas: tuple[str, ...]
+    n_few: int = 2
 
 
 FULL = Scale(1, 1920, 50, (0, 1, 2), None, 8, ("none", "144", "48", "24"))
@@ -90,9 +91,9 @@ def _teachers(scale: Scale, epochs: tuple[str, ...]) -> Iterator[Step]:
     for theta in scale.thetas:  # of V and A, as in Tab. 4
         words = ("train-teacher", "--modality", "video", "--modality", "audio", "--theta", theta, *epochs)
         yield Step(f"theta-{theta}", words, ("extract",))
-    # What each epoch of a teacher would take without a cache.
-    uncached = ("extract", "--table", "uncached.csv", "--cache", "uncached", "--views", "1")
-    yield Step("uncached", uncached)
+    # What each epoch of a teacher would take without a cache: what many clips take more than few, so without start-up.
+    for name in ("uncached", "few"):
+        yield Step(name, ("extract", "--table", f"{name}.csv", "--cache", name, "--views", "1"))
 
 
 def _students(scale: Scale, epochs: tuple[str, ...]) -> Iterator[Step]:

@@ -9,6 +9,7 @@ writes into the folder alone.
 """
 
 import argparse
+import csv
 import os
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from karmma.data.clips import read_clip_table
 from karmma.data.config import digest
 from karmma.data.publish import publish_json, read_json
 from karmma.data.runs import RunFolder
+from karmma.data.sample import GENERATOR
 from pages import write_pages
 from plan import EPOCHS, FULL, LABELS, QUICK, SETS, Scale, Step, named, plan
 
@@ -69,9 +71,14 @@ class Bench:
         return found if found and found["made_from"] == self.made_from(step) else None
 
     def made_from(self, step: Step) -> str:
-        """Return a digest of all that a step is run from: settings, its command, and the steps it reads from."""
+        """Return a digest of what a step is run from: clips, settings, its command, and the steps it reads from.
+
+        Code is no part of it: whoever changes what it computes deletes the results that it changes.
+        """
         read = {section: tomllib.loads(self.settings)[section] for section in READS[step.words[0]]}
-        return digest([read, *step.words, *(self.made_from(self.steps[name]) for name in step.after)])
+        clips = [self.scale.keep_every] if self.name == "grid" else [self.scale.n_sample, GENERATOR]
+        clips += [self.scale.n_uncached, self.scale.n_few] if step.name in ("uncached", "few") else []
+        return digest([clips, read, *step.words, *(self.made_from(self.steps[name]) for name in step.after)])
 
     def pending(self, pattern: str = "*") -> list[Step]:
         """Return the steps to run: those without a result, and those whose files such a step needs but lacks.
@@ -81,8 +88,12 @@ class Bench:
         wanted: set[str] = set()
         for step in reversed(self.steps.values()):
             if step.name in wanted or (fnmatch(step.name, pattern) and self.result(step) is None):
-                wanted |= {step.name, *(name for name in step.after if not self.mark(self.steps[name]).exists())}
+                wanted |= {step.name, *(name for name in step.after if not self._is_there(self.steps[name]))}
         return [step for step in self.steps.values() if step.name in wanted]
+
+    def _is_there(self, step: Step) -> bool:
+        """Say whether what later steps need of this one is there; weights that are kept are those of their result."""
+        return self.mark(step).exists() and (not step.starts or self.result(step) is not None)
 
     def mark(self, step: Step) -> Path:
         """Return the file that says: what later steps need of this one is there.
@@ -95,8 +106,11 @@ class Bench:
         return f"{step.name}-{self.made_from(step)[:8]}"
 
     def _run(self, step: Step) -> Path:
-        """Return the only run that a step left."""
-        return next((self.folder / "runs" / self._own(step)).iterdir())
+        """Return the only run that a step left; raises SystemExit if there are several."""
+        runs = [*(self.folder / "runs" / self._own(step)).iterdir()]
+        if len(runs) > 1:  # one was begun from weights, or beside a teacher, that have been made anew since
+            raise SystemExit(f"{runs[0].parent}: {len(runs)} runs, expected one. Delete those that are not wanted.")
+        return runs[0]
 
     def run(self, step: Step) -> None:
         """Run a step and keep its result; raises SystemExit if the command fails, or ends otherwise than before.
@@ -115,8 +129,9 @@ class Bench:
         is_continued = (self.folder / runs).exists()
         if step.trains and is_continued:
             words += ["--resume"]
-        if step.name == "uncached":  # what is measured is an extraction from nothing
-            shutil.rmtree(self.folder / "uncached", ignore_errors=True)
+        if step.name in ("uncached", "few"):  # what is measured is an extraction from nothing
+            shutil.rmtree(self.folder / step.name, ignore_errors=True)
+        is_continued |= step.name == "extract" and (self.folder / "cache").exists()
         found = {"step": step.name, "made_from": self.made_from(step), "command": " ".join(step.words)}
         found["machine"] = _machine()
         if is_continued:  # so that nobody takes the seconds of its last part for all of it
@@ -168,12 +183,14 @@ class Bench:
         """Return what else is to be known of a step: how many clips or trials, or what models cost."""
         if step.name == "extract":
             return {"clips": Counter(self._table(tomllib.loads(self.settings)["data"]["table"]).split.tolist())}
-        if step.name == "uncached":
-            return {"clips": self._table("uncached.csv").n_clips}
+        if step.name in ("uncached", "few"):
+            return {"clips": self._table(f"{step.name}.csv").n_clips}
         if step.name == "sweep":
             best = tomllib.loads((self._run(step) / "best.toml").read_text(encoding="utf-8"))["teacher"]
             chosen = {name: best[name] for name, equals, _ in (word.partition("=") for word in step.words) if equals}
-            return {"trials": self.scale.n_trials, "epochs": best["epochs"], "chosen": chosen}
+            with open(self._run(step) / "trials.csv", newline="", encoding="utf-8") as file:
+                tried = list(csv.DictReader(file))
+            return {"trials": self.scale.n_trials, "epochs": best["epochs"], "chosen": chosen, "tried": tried}
         if step.name == "efficiency":
             return {"models": read_json(self.folder / "efficiency/efficiency.json")}
         if step.name == "labels":

@@ -16,6 +16,7 @@ from karmma.cli_options import Settings
 from karmma.data.batches import plan_epoch
 from karmma.data.cache import Cache
 from karmma.data.progress import watched
+from karmma.data.publish import written_by
 from karmma.data.selection import select_stores
 from karmma.data.stores import TokenStore
 from karmma.distill.stream import ClipBatch, ClipStream
@@ -86,7 +87,8 @@ def main() -> None:
     backbone = build_backbone(getattr(config, modality).name, modality, data.input_shape(modality))
     with ClipStream(table, data, (modality,), readers=1, cache_mb=4096) as stream:
         learn(backbone, stream, wanted, rows, epochs, config.weight_decay)
-    save_file(backbone.state_dict(), path)
+    with written_by(path) as half:
+        save_file(backbone.state_dict(), half)
 
 
 if __name__ == "__main__":
