@@ -106,6 +106,8 @@ def test_other_clips_make_everything_pending(bench, grid, tmp_path):
     finish(grid, *grid.steps)
     fewer = replace(bench["plan"].FULL, keep_every=2)
     other = bench["run"].Bench("grid", fewer, grid.folder, grid.results)
+    assert grid.stale() == []
+    assert other.stale() == [*other.steps]
     assert len(other.pending()) == len(other.steps)
 
 

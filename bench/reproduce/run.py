@@ -91,6 +91,11 @@ class Bench:
                 wanted |= {step.name, *(name for name in step.after if not self._is_there(self.steps[name]))}
         return [step for step in self.steps.values() if step.name in wanted]
 
+    def stale(self) -> list[str]:
+        """Return the steps whose kept result is of other settings, clips or commands than the plan's."""
+        kept = [step for step in self.steps.values() if (self.results / f"{step.name}.json").exists()]
+        return [step.name for step in kept if self.result(step) is None]
+
     def _is_there(self, step: Step) -> bool:
         """Say whether what later steps need of this one is there; weights that are kept are those of their result."""
         return self.mark(step).exists() and (not step.starts or self.result(step) is not None)
@@ -275,6 +280,9 @@ def main() -> None:
         run_all([(bench, step) for bench in benches for step in bench.pending(asked.steps)])
     except KeyboardInterrupt:
         sys.exit("Stopped. What is finished is kept; the same command goes on.")
+    for bench in benches:
+        if bench.stale():
+            print(f"{bench.name}: in the tables, but of other settings: {', '.join(bench.stale())}. Run these too.")
     write_pages(results, folder if asked.quick else HERE.parents[1] / "docs")
 
 
