@@ -83,6 +83,8 @@ def extract(*, settings: Settings) -> Answer:
       karmma extract --table clips.csv --cache s3://bucket/cache --part 1/4
     """
     table = settings.table()
+    own = settings.data.own_modalities
+    tell_some([f"{name} is not extracted but imported: karmma cache import FILE" for name in own])
     if settings.dry_run:
         due = plan_extraction(table, settings.data, settings.extract)
         n_due = sum(due.values())

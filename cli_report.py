@@ -7,7 +7,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import SOME_FAILED, Answer, Settings, chosen_runs, out, run_table, tell, with_options, would
+from .cli_options import (
+    SOME_FAILED,
+    Answer,
+    Settings,
+    chosen_runs,
+    out,
+    run_table,
+    tell,
+    tell_some,
+    with_options,
+    would,
+)
 from .data.errors import ConfigError, RunError, cause
 from .data.progress import watched
 from .data.runs import RunFolder
@@ -134,7 +145,9 @@ def _write_page(settings: Settings, runs: list[RunFolder], asked: Asked, repeats
         reported.append(Reported(run, evaluation, cost, examples(run, table, found)))
         failed += len(evaluation.failed)
     write_report(reported, page)
-    tell(f"Wrote {page}. Next: open it in a browser, or karmma predict FILE --run {runs[0].path}")
+    answers = [run.path for run in runs if run.config["kind"] == "student"]  # a teacher starts from tokens, not files
+    more = f", or karmma predict FILE --run {answers[0]}" if answers else ""
+    tell(f"Wrote {page}. Next: open it in a browser{more}")
     return Answer({"runs": [run.path for run in runs], "files": [page]}, SOME_FAILED if failed else 0)
 
 
@@ -153,6 +166,8 @@ def _configured(settings: Settings, classes: list[str] | None) -> list["Blueprin
         n_classes = EPIC
         tell("No clip table: with the classes of EPIC-KITCHENS-100, 97 verbs and 300 nouns. Set others with --classes.")
     data = settings.data
+    own = data.own_modalities
+    tell_some([f"Without {name}: what is imported has a size only in a run that used it." for name in own])
     return [
         teacher_blueprint(data, settings.extract, settings.teacher, n_classes),
         student_blueprint(data, settings.student, n_classes),

@@ -205,8 +205,13 @@ class DataConfig(StageConfig):
 
     @property
     def read_modalities(self) -> tuple[str, ...]:
-        """Those modalities that are read from files; tokens of one's own are imported."""
+        """Those modalities that are read from files."""
         return tuple(name for name in self.modalities if not is_own(name))
+
+    @property
+    def own_modalities(self) -> tuple[str, ...]:
+        """Those modalities of one's own whose tokens are imported."""
+        return tuple(filter(is_own, self.modalities))
 
     def input_shape(self, modality: str) -> tuple[int, ...]:
         """Return the shape of one clip's array: [T, 3, H, W], audio [T, mels, steps], detections [T, n, 6]."""

@@ -68,7 +68,8 @@ def test_whole_pipeline_takes_an_own_sensor_for_the_teacher_alone(here, give, ca
         assert code == 0, err
         return json.loads(out), err
 
-    assert {*answer("extract")[0]["counts"]} == {"audio"}
+    said, err = answer("extract")
+    assert ({*said["counts"]}, "own_imu is not extracted but imported: karmma cache import" in err) == ({"audio"}, True)
     assert answer("train-teacher")[0]["modalities"] == ["audio"]
     assert "Left out own_imu: 24 of 24 clips are not imported" in caplog.text
     write_features(here / "imu.h5", read_clip_table(here / "sample/clips.csv", ("verb",)))
@@ -80,6 +81,8 @@ def test_whole_pipeline_takes_an_own_sensor_for_the_teacher_alone(here, give, ca
     teacher = answer("train-teacher", "--seed", "1")[0]
     rows = answer("evaluate", teacher["run"], "--split", "val")[0]
     assert re.search(r'"A\+imu".*"A".*"imu"', json.dumps(rows))
+    assert "predict" not in answer("report", teacher["run"], "--split", "val")[1]  # a teacher takes no files
+    assert "Without own_imu: " in answer("report", "--efficiency", "--repeats", "0")[1]
     digest = re.search(r"logits/(\w+)\.zarr", teacher["logits"])[1]
     assert answer("distill", "--teacher", digest)[0]["modalities"] == ["audio"]
     answer("check")
