@@ -70,7 +70,7 @@ def _plan(settings: Settings, tflops: float) -> Answer:
     from .distill.needs import DATA_SETS, DataSet, need, side_by_side
 
     chosen = list(DATA_SETS)
-    if settings.data.table is not None:
+    if settings.data.table is not None and settings.data.read_modalities:
         chosen.insert(0, DataSet.of(settings.table(), settings.data))
     if settings.dry_run:
         return would(f"Would count what {', '.join(each.name for each in chosen)} need")

@@ -19,14 +19,10 @@ from .leases import Leases
 from .modality import MODALITIES, is_own
 from .places import names, place, read_bytes, sizes, storage_errors
 from .publish import publish, publish_json, read_json, read_json_files, sweep, withdraw
-from .shards import shard_file, state_file
+from .shards import is_receipt, shard_file, state_file
 
 ROWS = "clips.parquet"
 COLUMNS = ["clip_id", "sources", "labels"]
-# What a receipt has to say of its shard, and in which form; one that does not is none.
-RECEIPT = {
-    "bytes": int, "sha256": str, "state_sha256": str, "first_row": int, "rows": list, "counts": dict, "failures": list
-}  # fmt: skip
 
 
 class Cache:
@@ -287,11 +283,6 @@ def _remembered(table: ClipTable) -> tuple[list[str], list[str], list[str]]:  # 
 def has_cache(path: Path | str) -> bool:
     """Say whether a cache is there."""
     return (place(path) / ROWS).exists()
-
-
-def is_receipt(found: Any) -> bool:
-    """Say whether a JSON value says all that a receipt has to."""
-    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in RECEIPT.items())
 
 
 def source_digest(source: str) -> str:

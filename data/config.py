@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from .errors import ConfigError
 from .modality import in_order, is_own
 from .places import is_address
 
@@ -207,6 +208,13 @@ class DataConfig(StageConfig):
     def read_modalities(self) -> tuple[str, ...]:
         """Those modalities that are read from files."""
         return tuple(name for name in self.modalities if not is_own(name))
+
+    def require_read(self) -> tuple[str, ...]:
+        """Return the modalities that are read from files; raises ConfigError if there is none."""
+        if not self.read_modalities:
+            own = ", ".join(self.own_modalities)
+            raise ConfigError(f"data.modalities: only {own}, which karmma cache import brings. Name one to be read.")
+        return self.read_modalities
 
     @property
     def own_modalities(self) -> tuple[str, ...]:

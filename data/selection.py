@@ -56,7 +56,9 @@ def select_stores(cache: Cache, table: ClipTable, data: DataConfig, chosen: Mapp
         selection.left_out[modality] = said
     if not selection.stores:
         reasons = ", ".join(f"{modality}: {reason}" for modality, reason in selection.left_out.items())
-        raise IncompleteCacheError(f"{cache.path}: no modality is complete ({reasons}). Run karmma extract.")
+        commands = {"cache import" if is_own(modality) else "extract": None for modality in selection.left_out}
+        steps = " and ".join(f"karmma {command}" for command in commands)
+        raise IncompleteCacheError(f"{cache.path}: no modality is complete ({reasons}). Run {steps}.")
     selection.n_views = min(n_whole_views(cache, table, *item) for item in selection.stores.items())
     return selection
 

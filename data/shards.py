@@ -32,6 +32,15 @@ OPEN_FILES = 128
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of the container, where there is one
 MEMORY_SHARE = 4  # of the memory for one array: as many as four modalities are read side by side
 AGAIN = "Run karmma cache verify --drop, then karmma extract."
+# What a receipt has to say of its shard, and in which form; one that does not is none.
+RECEIPT = {
+    "bytes": int, "sha256": str, "state_sha256": str, "first_row": int, "rows": list, "counts": dict, "failures": list
+}  # fmt: skip
+
+
+def is_receipt(found: Any) -> bool:
+    """Say whether a JSON value says all that a receipt has to."""
+    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in RECEIPT.items())
 
 
 def shard_file(folder: Path, shard: int, view: int) -> Path:

@@ -71,8 +71,8 @@ def blank_clip(backbone: Backbone) -> Tensor:
 def teacher_blueprint(
     data: DataConfig, extract: ExtractConfig, config: TeacherConfig, n_classes: Mapping[str, int]
 ) -> Blueprint:
-    """Return the teacher that some settings describe."""
-    backbones = {modality: getattr(extract, modality) for modality in data.read_modalities}
+    """Return the teacher that some settings describe; raises ConfigError if all its modalities are imported."""
+    backbones = {modality: getattr(extract, modality) for modality in data.require_read()}
     return Blueprint("teacher", data, backbones, config.theta or extract.theta, config, n_classes, is_frozen=True)
 
 

@@ -12,6 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from ..data.annotations import ClipTable
+from ..data.cache import Cache, has_cache
 from ..data.check import check_clips, missing_codecs, unreadable_frames
 from ..data.clips import read_rows
 from ..data.config import DataConfig
@@ -19,6 +20,7 @@ from ..data.device import has_bfloat16
 from ..data.errors import KarmmaError
 from ..data.places import is_local, place, sizes
 from ..data.progress import watched
+from ..data.selection import n_missing
 from ..extract.backbones import build_backbone, find_recipe
 from ..extract.config import BackboneConfig, ExtractConfig
 from ..fuse.config import TeacherConfig
@@ -76,7 +78,10 @@ class Checkup:
             wrong = check_clips(table, self.data, progress.advance)
         yield _judged("files", [str(row) for row in wrong], f"those of {table.n_clips} clips are there")
         yield self._frames(table)
-        yield self._disk(table)
+        for modality in self.data.own_modalities:
+            yield self._imported(table, modality)
+        if self.data.read_modalities:
+            yield self._disk(table)
 
     def _frames(self, table: ClipTable) -> Finding:
         n_clips = min(self.n_clips or table.n_clips, table.n_clips)
@@ -85,6 +90,18 @@ class Checkup:
             failed = unreadable_frames(table, rows, self.data, self.extract.readers, progress.advance)
         lines = [f"{clip_id}: {reason}" for clip_id, reason in failed.items()]
         return _judged("frames", lines, f"first, middle and last of {n_clips} clips decode")
+
+    def _imported(self, table: ClipTable, modality: str) -> Finding:
+        """Say whether the cache has tokens of a modality of one's own for every clip."""
+        step = "karmma cache import FILE"
+        if not has_cache(self.data.cache):
+            return Finding(modality, "WARN", "nothing is imported", step)
+        cache = Cache.open(self.data.cache)
+        cache.foresee_clips(table)
+        n = min((n_missing(cache, table, modality, name) for name in cache.identities(modality)), default=table.n_clips)
+        if n:
+            return Finding(modality, "WARN", f"{n} of {table.n_clips} clips are not imported", step)
+        return Finding(modality, "PASS", "imported for every clip")
 
     def _disk(self, table: ClipTable) -> Finding:
         """Hold what the cache will take against what is free where it goes."""
@@ -102,12 +119,14 @@ class Checkup:
             return Finding("disk", "WARN", f"what the cache will take is not known: {error}", "see weights below")
         path = Path(cache).absolute()
         where = next(folder for folder in (path, *path.parents) if folder.exists())
+        tokens = tuple(path / "tokens" / modality for modality in self.data.read_modalities)
         needed = {
-            path / "tokens": found.tokens_gb,
-            path / "logits": found.logits_gb,
-            Path(self.data.inputs): self.student.decoded_gb,
+            tokens: found.tokens_gb,
+            (path / "logits",): found.logits_gb,
+            (Path(self.data.inputs),): self.student.decoded_gb,
         }
-        wanted = sum(max(0.0, gb - sum(sizes(folder).values()) / 1e9) for folder, gb in needed.items())
+        held = {folders: sum(sum(sizes(folder).values()) for folder in folders) / 1e9 for folders in needed}
+        wanted = sum(max(0.0, gb - held[folders]) for folders, gb in needed.items())
         free = shutil.disk_usage(where).free / 1e9
         said = f"{wanted:.2f} GB are needed, {free:.1f} GB are free at {where}"
         step = "free space, name another --cache, or lower --theta or --views"

@@ -5,7 +5,6 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from ..data.config import DataConfig, Names, Theta, ours, paper
-from ..data.errors import ConfigError
 from ..data.modality import in_order, is_own
 from ..extract.config import BackboneConfig, backbone
 from ..fuse.config import Missing, TrainingConfig
@@ -89,16 +88,8 @@ class StudentConfig(TrainingConfig):
         return value and in_order(value)
 
     def modalities_of(self, data: DataConfig) -> tuple[str, ...]:
-        """Return the student's modalities: its own choice, else all of the data that are read from files.
-
-        Raises ConfigError if there are none.
-        """
-        if not (self.modalities or data.read_modalities):
-            raise ConfigError(
-                f"data.modalities: only {', '.join(data.modalities)}, which is imported; a student starts from raw "
-                "clips. Name its modalities with --modality."
-            )
-        return self.modalities or data.read_modalities
+        """Return its own choice, else all modalities that are read from files; raises ConfigError if none is."""
+        return self.modalities or data.require_read()
 
 
 def _is_same(asked: Any, value: Any) -> bool:

@@ -63,7 +63,11 @@ class LiveTeacher:
         run, names = RunFolder(data.runs / attributes["run"]), attributes["tokens"]
         foreign = [m for m, name in names.items() if "imported" in cache.identities(m)[name]["input"]]
         if not names or foreign:
-            raise CacheError(f"{path}: imported from elsewhere, so nothing here can compute it. Check another teacher.")
+            what = f"its {', '.join(foreign)} tokens were" if foreign else "it was"
+            raise CacheError(
+                f"{path}: {what} imported from elsewhere, so nothing here can compute it. Check another teacher, or "
+                "cached tokens alone with karmma cache verify --logits."
+            )
         if not run.is_finished:
             raise CacheError(f"{path}: its run {run.path} is not there. Name the folder of its runs with --runs.")
         stores = {modality: TokenStore.open(cache.tokens_path(modality, name)) for modality, name in names.items()}

@@ -19,9 +19,7 @@ def variant(described: Mapping[str, Any]) -> str:
 
 def run_modalities(described: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the modalities of a student's or teacher's run, in order; raises KeyError if it does not say them."""
-    if described["kind"] == "teacher":
-        return in_order(described["tokens"])
-    return in_order(described["settings"]["modalities"] or described["data"]["modalities"])
+    return in_order(described["tokens" if described["kind"] == "teacher" else "inputs"])
 
 
 def label(described: Mapping[str, Any]) -> str:

@@ -41,10 +41,13 @@ class Adoption:
 
 
 def modality_of(cache: Cache, name: str) -> str:
-    """Return the modality of the store `name`; raises CacheError if there is none."""
-    known = {digest: modality for modality, digest in cache.all_identities()}
+    """Return the modality of the store `name`; raises CacheError if there is none, or if it was imported."""
+    identities = cache.all_identities()
+    known = {digest: modality for modality, digest in identities}
     if name not in known:
         raise CacheError(f"{cache.path}: no tokens {name!r}. {nearest(name, known)}")
+    if "imported" in identities[known[name], name]["input"]:
+        raise CacheError(f"{cache.path}: {known[name]} tokens {name} were imported: nothing here makes them anew.")
     return known[name]
 
 

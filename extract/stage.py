@@ -59,6 +59,7 @@ def extract_tokens(table: ClipTable, data: DataConfig, config: ExtractConfig) ->
     Recomputes nothing that has a receipt.  Returns what is there now; failed clips are counted in it, not raised.
     Raises CacheError if the cache cannot be written or a shard that would be extended is damaged.
     """
+    data.require_read()
     cache = Cache(data.cache)
     report = ExtractReport(cache.path, changes=cache.add_clips(table))
     stores = open_stores(cache, data, config)
@@ -81,7 +82,7 @@ def plan_extraction(table: ClipTable, data: DataConfig, config: ExtractConfig) -
     """Return how many (clip, view) pairs of each modality `extract_tokens` would make; nothing is written."""
     cache, due = Cache(data.cache), {}
     cache.foresee_clips(table)
-    for modality in data.read_modalities:
+    for modality in data.require_read():
         record, name = recorded_backbone(cache, backbone_request(modality, data, config)), "of a backbone never met"
         if record:
             name = digest(token_identity(modality, data, record["backbone"], config.theta, config.precision))
@@ -101,7 +102,7 @@ def open_stores(cache: Cache, data: DataConfig, config: ExtractConfig) -> dict[s
 
     Raises CacheError if one is there with another number of clips a shard.
     """
-    known = {m: recorded_backbone(cache, backbone_request(m, data, config)) for m in data.read_modalities}
+    known = {m: recorded_backbone(cache, backbone_request(m, data, config)) for m in data.require_read()}
     made: dict[str, dict[str, Any]] = {}
     if None in known.values():
         # Only building a backbone tells the digest of its weights, the first time they are met.

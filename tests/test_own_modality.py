@@ -84,10 +84,37 @@ def test_whole_pipeline_takes_an_own_sensor_for_the_teacher_alone(here, give, ca
     assert "predict" not in answer("report", teacher["run"], "--split", "val")[1]  # a teacher takes no files
     assert "Without own_imu: " in answer("report", "--efficiency", "--repeats", "0")[1]
     digest = re.search(r"logits/(\w+)\.zarr", teacher["logits"])[1]
-    assert answer("distill", "--teacher", digest)[0]["modalities"] == ["audio"]
+    student = answer("distill", "--teacher", digest)[0]
+    assert student["modalities"] == ["audio"]
+    for more in (), ("--draws", "3"):  # the second time from what was kept
+        answer("evaluate", student["run"], *more)
+        assert json.loads((here / student["run"] / "evaluation/test.json").read_text())["label"] == "KARMMA_A"
+    answer("report", student["run"])
     answer("check")
     answer("doctor", "--clips", "1")
     answer("doctor", "--plan")
+    for words in ("cache", "adopt", taken["own_imu"]), ("cache", "adopt", taken["own_imu"], "--dry-run"):
+        code, _, err = give(*words)
+        assert (code, "were imported" in err.strip().splitlines()[-1]) == (1, True)
+
+
+def test_where_nothing_is_read_from_files_every_command_says_what_to_do(here, give):
+    asked = ("--set", "data.modalities=own_imu")
+    for words in ("extract",), ("extract", "--dry-run"), ("report", "--efficiency"), ("distill", "--teacher", "none"):
+        code, _, err = give(*words, *asked)
+        assert (code, "only own_imu, which karmma cache import brings" in err) == (1, True), words
+    write_features(here / "imu.h5", read_clip_table(here / "sample/clips.csv", ("verb",)))
+
+    def found():
+        code, out, err = give("doctor", "--clips", "1", "--json", *asked)
+        assert code == 0, err
+        return {one["check"]: one["verdict"] for one in json.loads(out)["findings"]}
+
+    assert found()["own_imu"] == "WARN"
+    assert give("cache", "import", "imu.h5")[0] == 0
+    assert found()["own_imu"] == "PASS"
+    assert give("train-teacher", *asked)[0] == 0
+    assert give("doctor", "--plan", *asked)[0] == 0
 
 
 def test_student_that_is_asked_to_start_from_features_is_refused_in_one_line(here, give):
