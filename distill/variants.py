@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..data.config import digest
-from ..data.modality import in_order, letters
+from ..data.modality import in_order, is_own, letters
 from .config import NO_TEACHER, StudentConfig
 
 BASELINE = "Baseline"
@@ -19,7 +19,10 @@ def variant(described: Mapping[str, Any]) -> str:
 
 def run_modalities(described: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the modalities of a student's or teacher's run, in order; raises KeyError if it does not say them."""
-    return in_order(described["tokens" if described["kind"] == "teacher" else "inputs"])
+    if described["kind"] == "teacher":
+        return in_order(described["tokens"])
+    chosen = described["settings"]["modalities"] or described["data"]["modalities"]
+    return in_order(name for name in chosen if not is_own(name))
 
 
 def label(described: Mapping[str, Any]) -> str:

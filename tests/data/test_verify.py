@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from karmma.data import verify as module
-from karmma.data.cache import RECEIPT, Cache
+from karmma.data.cache import Cache
 from karmma.data.clips import read_clip_table
 from karmma.data.config import DataConfig, digest
 from karmma.data.drafts import open_store
 from karmma.data.errors import CacheError
 from karmma.data.identity import token_identity
 from karmma.data.modality import ABSENT, FAILED, PRESENT
+from karmma.data.shards import RECEIPT
 from karmma.data.stores import LogitStore, TokenStore
 from karmma.data.transfer import fill_rows
 from karmma.data.verify import Damage, FirstSight, count_shards, verify
