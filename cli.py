@@ -261,6 +261,16 @@ def _again(words: Sequence[str]) -> str:
     return shlex.join(["karmma", *words, *resumed])
 
 
+def _call() -> None:
+    """Run the command; Ctrl-C in the middle of a class that is being defined comes as a RuntimeError in Python 3.11."""
+    try:
+        app()
+    except RuntimeError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise error.__cause__ from None
+        raise
+
+
 def main() -> None:
     """Run the command line; an error of ours becomes one line and exit code 1."""
     # Reading threads and torch's own share the cores: torch's must sleep while they wait, not spin (up to 8x slower).
@@ -268,7 +278,7 @@ def main() -> None:
     keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
     try:
-        app()
+        _call()
     except KarmmaError as error:
         complain(error)
         sys.exit(1)
