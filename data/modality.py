@@ -36,7 +36,7 @@ def in_order(modalities: Iterable[str]) -> tuple[str, ...]:
 
 def letters(modalities: Iterable[str]) -> str:
     """Return the paper's short name of a subset, such as 'V+F+A', or 'V+imu' with own_imu."""
-    return "+".join(LETTERS.get(name) or name.removeprefix("own_") for name in in_order(modalities))
+    return "+".join(LETTERS.get(name) or OWN.sub(r"\1", name) for name in in_order(modalities))
 
 
 def subsets(modalities: Iterable[str]) -> list[tuple[str, ...]]:

@@ -119,14 +119,11 @@ class Checkup:
             return Finding("disk", "WARN", f"what the cache will take is not known: {error}", "see weights below")
         path = Path(cache).absolute()
         where = next(folder for folder in (path, *path.parents) if folder.exists())
-        tokens = tuple(path / "tokens" / modality for modality in self.data.read_modalities)
-        needed = {
-            tokens: found.tokens_gb,
-            (path / "logits",): found.logits_gb,
-            (Path(self.data.inputs),): self.student.decoded_gb,
-        }
-        held = {folders: sum(sum(sizes(folder).values()) for folder in folders) / 1e9 for folders in needed}
-        wanted = sum(max(0.0, gb - held[folders]) for folders, gb in needed.items())
+        wanted = (
+            _lacking(found.tokens_gb, *(path / "tokens" / modality for modality in self.data.read_modalities))
+            + _lacking(found.logits_gb, path / "logits")
+            + _lacking(self.student.decoded_gb, self.data.inputs)
+        )
         free = shutil.disk_usage(where).free / 1e9
         said = f"{wanted:.2f} GB are needed, {free:.1f} GB are free at {where}"
         step = "free space, name another --cache, or lower --theta or --views"
@@ -140,6 +137,11 @@ class Checkup:
             chosen = self.student.modalities if role == "student" else None
             for modality in chosen or self.data.read_modalities:
                 yield _backbone(role, getattr(config, modality), modality, self.data.input_shape(modality))
+
+
+def _lacking(needed_gb: float, *folders: Path) -> float:
+    """Return how many of so many GB are not in these folders yet."""
+    return max(0.0, needed_gb - sum(sum(sizes(folder).values()) for folder in folders) / 1e9)
 
 
 def _judged(check: str, wrong: list[str], good: str) -> Finding:

@@ -54,7 +54,7 @@ def test_export_writes_a_program_and_prints_the_largest_difference(command, run)
     assert "Nothing to do" not in err
     code, again, err = command("runs/student-made", "--format", "torch")
     assert (code, again) == (0, out)
-    assert "was exported already." in err
+    assert "Nothing to do: runs/student-made/student.pt2 was exported already." in err
 
 
 def test_latest_student_is_exported_where_no_run_is_named(command, tmp_path, off_by):

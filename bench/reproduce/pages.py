@@ -219,8 +219,11 @@ def _times(found: Results) -> str:
 
 def _minutes(kept: list[dict[str, Any]]) -> str:
     """Add up what steps took; of those that were stopped and continued only the last part is known."""
-    at_least = "at least " if any(one.get("continued") for one in kept) else ""
-    return f"{at_least}{sum(one['seconds'] for one in kept) / 60:.1f}"
+    return f"{_at_least(*kept)}{sum(one['seconds'] for one in kept) / 60:.1f}"
+
+
+def _at_least(*kept: dict[str, Any]) -> str:
+    return "at least " if any(one.get("continued") for one in kept) else ""
 
 
 def _saved(found: Results) -> str:
@@ -229,7 +232,7 @@ def _saved(found: Results) -> str:
     n = sweep["trials"] * sweep["epochs"] * (clips["train"] + clips["val"])
     live, cached = a_clip * n, found["extract"]["seconds"] + sweep["seconds"]
     taken = f"{sweep['trials']} teachers of {sweep['epochs']} epochs"
-    at_least = "at least " if found["extract"].get("continued") or sweep.get("continued") else ""
+    at_least = _at_least(found["extract"], sweep)
     n_clips = f"{clips['train'] + clips['val']:,} clips"
     return (
         f"A sweep of {taken} took {at_least}{cached / 3600:.2f} h, extraction included. Without a cache each epoch "
